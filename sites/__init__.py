@@ -1,0 +1,1 @@
+"""What runs inside a hospital: it may read voxels and decides what may leave."""
