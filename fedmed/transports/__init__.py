@@ -1,0 +1,1 @@
+"""How exchanges travel. Every transport gives the same numbers."""
