@@ -10,11 +10,14 @@ import abc
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fedmed.message import Answer, Message, SiteId
 
+AnyTransport = TypeVar("AnyTransport")
 
+
+@runtime_checkable
 class Host(Protocol):
     """A site as a transport sees it: it answers messages, and can be closed."""
 
@@ -80,7 +83,7 @@ class Transport(abc.ABC):
     def close(self) -> None:
         """End processes and connections; may be called twice."""
 
-    def __enter__(self) -> Transport:
+    def __enter__(self: AnyTransport) -> AnyTransport:
         """Enter."""
         return self
 
