@@ -1,0 +1,147 @@
+"""Finding strategies by name, at run time.
+
+`fedmed` never imports `sites` or `strategies`: a name in a study is a module name
+there, and `package.module:Class` loads anything else. There is no registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from fedmed.errors import ConfigError, ShadowedPackageError
+from fedmed.strategy import Strategy
+
+_NOT_A_METHOD = frozenset({"server_app"})
+
+
+def require_own_packages() -> None:
+    """Check that the three packages lie side by side.
+
+    Raises:
+        ShadowedPackageError: If another `sites` or `strategies` would be imported.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in ("sites", "strategies"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if origin != home / name:
+            raise ShadowedPackageError(
+                f"the package {name!r} that Python finds is not fedmed's own",
+                hint=f"Rename or move the folder {name!r} that lies on your Python path "
+                "(often the current folder), or reinstall fedmed.",
+            )
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Names of the built-in methods, sorted."""
+    package = importlib.import_module("strategies")
+    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    return tuple(sorted(found - _NOT_A_METHOD))
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """Find the strategy class behind a name.
+
+    Args:
+        name: "fedavg", "flwr:FedTrimmedAvg" or "package.module:Class".
+
+    Raises:
+        ConfigError: If there is no such strategy; names the nearest known ones.
+    """
+    if name.startswith("flwr:"):
+        return _only_strategy(importlib.import_module("strategies.flower"))
+    if ":" in name:
+        return _external(name)
+    if name not in strategy_names():
+        near = difflib.get_close_matches(name, strategy_names(), 1)
+        asked = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"there is no strategy {name!r}; {asked}known: {', '.join(strategy_names())}"
+        )
+    return _only_strategy(importlib.import_module(f"strategies.{name}"))
+
+
+def _external(name: str) -> type[Strategy]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        raise ConfigError(
+            f"strategy {name!r} cannot be imported",
+            hint="Write package.module:Class, importable from this Python.",
+        ) from None
+    if not (inspect.isclass(found) and issubclass(found, Strategy)):
+        raise ConfigError(f"{name!r} is not a subclass of fedmed.strategy.Strategy")
+    return found
+
+
+def _only_strategy(module: ModuleType) -> type[Strategy]:
+    own = [
+        item
+        for item in vars(module).values()
+        if inspect.isclass(item)
+        and issubclass(item, Strategy)
+        and item.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise ConfigError(f"{module.__name__} must define exactly one Strategy")
+    return own[0]
+
+
+def load_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
+    """Make a strategy from its name and hyper-parameters.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or a value is impossible.
+    """
+    cls = strategy_class(name)
+    given = dict(options)
+    if name.startswith("flwr:"):
+        given = {"aggregator": name.partition(":")[2], **_split_options(cls, given)}
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, 0.5)
+            asked = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key 'strategy.{key}' for {name}{asked}")
+    strategy = cls(**_convert(cls, given))
+    if strategy.sync not in cls.syncs:
+        raise ConfigError(
+            f"strategy {name} has no sync: {strategy.sync}; it has "
+            + " and ".join(cls.syncs)
+        )
+    return strategy
+
+
+def _split_options(cls: type[Strategy], given: dict[str, Any]) -> dict[str, Any]:
+    fields = {f.name for f in dataclasses.fields(cls)}
+    own = {key: value for key, value in given.items() if key in fields}
+    rest = {key: value for key, value in given.items() if key not in fields}
+    return {**own, "options": rest}
+
+
+def _convert(cls: type[Strategy], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn YAML's strings and lists into the declared field types."""
+    hints = get_type_hints(cls)
+    converted: dict[str, Any] = {}
+    for key, value in given.items():
+        try:
+            if hints[key] is float and not isinstance(value, bool):
+                value = float(value)
+            elif hints[key] is int and int(value) == float(value):
+                value = int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"strategy.{key} must be a number (seen: {value!r})"
+            ) from None
+        converted[key] = tuple(value) if isinstance(value, list) else value
+    return converted

@@ -1,0 +1,196 @@
+"""The run folder: what a run writes, and how it is read back after a death.
+
+Tables are appended while a run lives and cut back to the last checkpoint when it is
+resumed, so an interrupted run ends with the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedmed.errors import ResumeError, StorageError
+from fedmed.message import SiteId
+from fedmed.storage import write_atomic
+
+SEGMENTATION_COLUMNS = (
+    "round", "split", "site", "case_id", "class", "dice", "assd_mm",
+    "asd_mm_pred2gt", "asd_mm_gt2pred", "hd95_mm", "volume_ml_prediction",
+    "volume_ml_label", "status",
+)  # fmt: skip
+CLASSIFICATION_COLUMNS = (
+    "round", "split", "site", "case_id", "label", "prediction", "score",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of one run."""
+
+    path: Path
+
+    @property
+    def lock_file(self) -> Path:
+        """The complete resolved study."""
+        return self.path / "study.lock.yaml"
+
+    @property
+    def rounds_file(self) -> Path:
+        """One JSON line a round."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def cases_file(self) -> Path:
+        """One row per case, class, round, split and site."""
+        return self.path / "cases.csv"
+
+    @property
+    def summary_file(self) -> Path:
+        """Final metrics."""
+        return self.path / "summary.json"
+
+    @property
+    def model_file(self) -> Path:
+        """The final shared model."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the server's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def sites(self) -> Path:
+        """Folder of the simulated sites' private parts."""
+        return self.path / "sites"
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the simulated sites' ledgers."""
+        return self.path / "ledger"
+
+    def create(self) -> None:
+        """Make the folder, readable by its owner only.
+
+        Raises:
+            StorageError: If that is not possible.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.sites, self.ledger):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(
+                f"the run folder {self.path} cannot be made: {error.strerror}",
+                hint="Choose another folder with --out.",
+            ) from None
+
+    def write_lock(self, content: Mapping[str, Any]) -> None:
+        """Write the resolved study."""
+        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+        write_atomic(self.lock_file, text.encode())
+
+    def read_lock(self) -> dict[str, Any]:
+        """Read the resolved study.
+
+        Raises:
+            ResumeError: If the folder holds no run.
+        """
+        try:
+            content = yaml.safe_load(self.lock_file.read_text())
+        except (OSError, yaml.YAMLError):
+            raise ResumeError(f"{self.path} holds no run that could be read") from None
+        return dict(content)
+
+    def write_summary(self, content: Mapping[str, Any]) -> None:
+        """Write the final metrics."""
+        text = json.dumps(finite(content), indent=1, sort_keys=True)
+        write_atomic(self.summary_file, text.encode())
+
+    def append_round(self, record: Mapping[str, Any]) -> None:
+        """Append one round's record."""
+        _append(self.rounds_file, json.dumps(finite(record)) + "\n")
+
+    def append_cases(
+        self, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Append rows to `cases.csv`; writes the header first."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
+        if not self.cases_file.exists() or self.cases_file.stat().st_size == 0:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(row.get(name)) for name in columns})
+        _append(self.cases_file, buffer.getvalue())
+
+    def read_rounds(self) -> list[dict[str, Any]]:
+        """Read the complete lines of `rounds.jsonl`."""
+        if not self.rounds_file.exists():
+            return []
+        records = []
+        for line in self.rounds_file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line that was being written when the run died
+        return records
+
+    def cut_back(self, last_round: int) -> None:
+        """Forget everything after a round, before the run goes on from there."""
+        rounds = [r for r in self.read_rounds() if r["round"] <= last_round]
+        text = "".join(json.dumps(record) + "\n" for record in rounds)
+        write_atomic(self.rounds_file, text.encode())
+        if self.cases_file.exists():
+            lines = self.cases_file.read_text().splitlines(keepends=True)
+            kept = [
+                line
+                for line in lines[1:]
+                if line.endswith("\n") and int(line.partition(",")[0]) <= last_round
+            ]
+            # Without complete rows the file must go, so that the header is rewritten.
+            content = "".join(lines[:1] + kept) if kept else ""
+            write_atomic(self.cases_file, content.encode())
+        self.summary_file.unlink(missing_ok=True)
+        self.model_file.unlink(missing_ok=True)
+
+    def site_folder(self, site_id: SiteId) -> Path:
+        """Folder of one simulated site's private part."""
+        return self.sites / site_id
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities by None, so that the JSON is valid everywhere."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return repr(float(value)) if isinstance(value, float) else value
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(
+            f"{path.name} cannot be written: {error.strerror}",
+            hint="Free some disk space, then go on with --resume.",
+        ) from None

@@ -1,0 +1,320 @@
+"""The contract of a strategy: one published method, both halves in one file.
+
+The server half is a generator: every `yield` is one exchange, and what comes back are
+replies, never cases. The site half is the methods marked `at_site`. Both are pure:
+state comes in and goes out. One object plays every hospital of a simulation, so
+anything stored on `self` would leak between them; strategies are frozen.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from fedmed.message import SiteId, State
+from fedmed.optimizer import OptimizerSpec, clip, descend
+from fedmed.partition import Entry, StatePartition
+from fedmed.payload import Payload
+from fedmed.reduce import merge_states, weighted_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fedmed.training.trainer import Trainer
+
+Sync = Literal["step", "round"]
+Weighting = Literal["examples", "uniform"]
+Replies = Mapping[SiteId, Any]
+"""Accepted payloads by site, in sorted order."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site as the server knows it: name, public card, number of examples."""
+
+    site_id: SiteId
+    num_examples: int
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One message to some sites and their replies: the unit of cost in federation.
+
+    Attributes:
+        action: Name of the `at_site` method that answers.
+        site_ids: Addressed sites, sorted.
+        content: Named arguments for all of them: states or JSON scalars.
+        content_by_site: Further arguments for single sites.
+    """
+
+    action: str
+    site_ids: tuple[SiteId, ...]
+    content: Mapping[str, Any] = field(default_factory=dict)
+    content_by_site: Mapping[SiteId, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The sites that take part, as the server sees them: names and cards only.
+
+    Attributes:
+        members: In sorted order of `site_id`.
+        steps: Optimisation steps per round, per site.
+        round: Number of the round, from 1.
+        rng_seed: Seed for the strategy's own draws in this round.
+    """
+
+    members: tuple[Member, ...]
+    steps: int
+    round: int
+    rng_seed: int
+
+    @property
+    def site_ids(self) -> tuple[SiteId, ...]:
+        """Names, sorted."""
+        return tuple(member.site_id for member in self.members)
+
+    @property
+    def num_examples(self) -> dict[SiteId, int]:
+        """Registered training examples by site."""
+        return {member.site_id: member.num_examples for member in self.members}
+
+    def select(self, site_ids: tuple[SiteId, ...]) -> Cohort:
+        """The same cohort with only some of its members."""
+        members = tuple(m for m in self.members if m.site_id in site_ids)
+        return replace(self, members=members)
+
+    def ask(
+        self,
+        action: Callable[..., Outcome],
+        *,
+        by_site: Mapping[SiteId, Mapping[str, Any]] | None = None,
+        **content: Any,
+    ) -> Exchange:
+        """Ask every member to run one `at_site` method of the strategy.
+
+        Args:
+            action: The bound method.
+            by_site: Further arguments for single sites.
+            content: Arguments for all: states (mappings of tensors) or JSON values.
+        """
+        name = action.__name__
+        if not getattr(action, "_fedmed_at_site", False):
+            raise TypeError(f"{name} is not marked at_site")
+        return Exchange(name, self.site_ids, content, by_site or {})
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server knows between exchanges; a value, never mutated.
+
+    Attributes:
+        shared: Shared entries of the network.
+        memory: Named further states: optimiser moments, control variates.
+        entries: Role and part of every entry of the network.
+        partition: Which entries are shared, which the sites keep.
+        optimizer: The study's optimiser, used by `descend`.
+        clip_norm: Largest L2 norm of a gradient, None = unlimited.
+        round: The last finished round, 0 before training.
+    """
+
+    shared: State
+    memory: Mapping[str, State]
+    entries: tuple[Entry, ...]
+    partition: StatePartition
+    optimizer: OptimizerSpec
+    clip_norm: float | None = None
+    round: int = 0
+
+    def remember(self, **states: State) -> Server:
+        """Give a server with some memory replaced."""
+        return replace(self, memory={**self.memory, **states})
+
+    def with_shared(self, state: State) -> Server:
+        """Give a server with some or all shared entries replaced."""
+        return replace(self, shared={**self.shared, **state})
+
+    def trainable(self, *, part: str | None = None) -> State:
+        """Shared entries that an optimiser may move."""
+        moving = {"weight", "norm_affine"}
+        return {
+            e.name: self.shared[e.name]
+            for e in self.entries
+            if e.name in self.shared
+            and e.role in moving
+            and (part is None or e.part == part)
+        }
+
+    def descend(
+        self,
+        gradient: State,
+        *,
+        optimizer: OptimizerSpec | None = None,
+        memory: str = "optimizer",
+    ) -> Server:
+        """Take one step of the study's optimiser on the shared entries.
+
+        Args:
+            gradient: Summed or averaged gradient; a subset of the shared entries.
+            optimizer: Another optimiser than the study's.
+            memory: Where its moments are kept; one name per network or phase.
+        """
+        moved, moments = descend(
+            {name: self.shared[name] for name in gradient},
+            clip(gradient, self.clip_norm),
+            optimizer or self.optimizer,
+            dict(self.memory.get(memory, {})),
+        )
+        return self.with_shared(moved).remember(**{memory: moments})
+
+    def merge(self, replies: Mapping[SiteId, State], weights: Mapping[SiteId, float]) -> State:
+        """Merge states by role: weights averaged, statistics by total variance."""
+        return merge_states(replies, weights, self.entries)
+
+
+@dataclass(frozen=True)
+class Private:
+    """What a site keeps for itself between messages: a value.
+
+    Attributes:
+        states: Named states: "kept" holds the kept entries of the network, further
+            names belong to the strategy ("optimizer", "control"...).
+        facts: JSON facts: counters, DP spending.
+    """
+
+    states: Mapping[str, State] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_states(self, **states: State) -> Private:
+        """Give a copy with some states replaced."""
+        return replace(self, states={**self.states, **states})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an `at_site` method gives back.
+
+    Attributes:
+        payload: What leaves the site, if its policy agrees.
+        private: What the site keeps; None = unchanged.
+    """
+
+    payload: Payload
+    private: Private | None = None
+
+
+class SiteContext(Protocol):
+    """A hospital as an `at_site` method sees it: batches and tensors, no network."""
+
+    site_id: SiteId
+    round: int
+    num_examples: int
+    steps: int
+    private: Private
+    partition: StatePartition
+    trainer: Trainer
+
+    def load(self, shared: State) -> nn.Module:
+        """Give the network in training mode: shared entries plus what is kept."""
+
+    def batches(self, first: int, count: int) -> list[Batches]:
+        """Draw training batches number `first`... of this round."""
+
+    def shared_of(self, model: nn.Module) -> State:
+        """Copy the shared entries out of the network."""
+
+    def keep(self, model: nn.Module, **states: State) -> Private:
+        """The private value after this action: kept entries plus further states."""
+
+
+class Batches(Protocol):
+    """One batch as a site hands it to a strategy or trainer."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+F = TypeVar("F", bound=Callable[..., Outcome])
+
+
+def at_site(method: F) -> F:
+    """Mark a method as the site's half; the server addresses it by its name."""
+    method._fedmed_at_site = True  # type: ignore[attr-defined]
+    return method
+
+
+ServerHalf = Generator[Exchange, Replies, Server]
+
+
+@dataclass(frozen=True)
+class Strategy(abc.ABC):
+    """One published method.
+
+    Attributes:
+        sync: "step": gradients every step, optimiser on the server, equal to pooled
+            training. "round": local steps between exchanges.
+        weighting: Weight of a site in sums: its examples, or equal for all.
+
+    Class attributes:
+        paper: Citation.
+        exchanges: Number of exchanges per step and per round, by `sync`.
+        exact: Whether `sync: step` equals the pooled method to rounding.
+        leaves_site: Kinds and contents of what leaves.
+        kept_by_site: What stays.
+        syncs: The modes that make sense for the method.
+        keeps: Words for `StatePartition.of`: what of the network stays at the site.
+        pools_data: Simulation only: one process sees the data of all sites.
+    """
+
+    sync: Sync = "round"
+    weighting: Weighting = "examples"
+
+    paper: ClassVar[str]
+    exchanges: ClassVar[Mapping[Sync, int]]
+    exact: ClassVar[bool] = False
+    leaves_site: ClassVar[tuple[str, ...]]
+    kept_by_site: ClassVar[tuple[str, ...]] = ()
+    syncs: ClassVar[tuple[Sync, ...]] = ("step", "round")
+    keeps: ClassVar[tuple[str, ...]] = ()
+    pools_data: ClassVar[bool] = False
+
+    def network(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Compose the networks of the method; the study's network by default."""
+        return build()
+
+    def initial(self, server: Server) -> Server:
+        """Add what the method remembers before the first round."""
+        return server
+
+    def weights_of(self, cohort: Cohort) -> dict[SiteId, float]:
+        """Weight of each site in sums, normalised where they are used."""
+        if self.weighting == "uniform":
+            return dict.fromkeys(cohort.site_ids, 1.0)
+        return {site: float(n) for site, n in cohort.num_examples.items()}
+
+    def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
+        """Server half of one optimisation step (`sync: step`)."""
+        raise NotImplementedError
+
+    def round(self, server: Server, cohort: Cohort) -> ServerHalf:
+        """Server half of one round (`sync: round`)."""
+        raise NotImplementedError
+
+    def run_round(self, server: Server, cohort: Cohort) -> ServerHalf:
+        """One round in the mode that the study asks for."""
+        if self.sync == "round":
+            return (yield from self.round(server, cohort))
+        for index in range(cohort.steps):
+            server = yield from self.step(server, cohort, index)
+        return server
+
+
+def mean_gradient(replies: Replies, weights: Mapping[SiteId, float]) -> State:
+    """Weighted mean of the gradients in `Gradient` replies."""
+    return weighted_mean(
+        {site: reply.state for site, reply in replies.items()}, weights
+    )

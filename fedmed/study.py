@@ -1,0 +1,348 @@
+"""Study: the complete description of a run, read from YAML and checked.
+
+Equal study and equal data give equal numbers. Unknown keys are errors that name the
+nearest known key; any key can be overridden as `path.to.key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmed.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A part of a study; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenSection(Section):
+    """A section whose further keys belong to the named module or class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.model_extra or {})
+
+
+class SitesSection(OpenSection):
+    """Where the hospitals' data comes from.
+
+    Further keys are options of the dataset module (`preset`, `cases_per_site`...).
+
+    Attributes:
+        dataset: Module in `sites` or `package.module`.
+        root: Folder of the data; environment variables are expanded when used.
+        include: Only these sites; empty = all.
+        policy: Policy file, or None for the permissive policy of simulations.
+    """
+
+    dataset: str
+    root: str | None = None
+    include: tuple[str, ...] = ()
+    policy: str | None = None
+
+
+class SplitSection(Section):
+    """How cases are divided; always by subject.
+
+    Attributes:
+        train: Fraction of a site's subjects for training.
+        validation: Fraction for model selection.
+        test: Fraction for the final table.
+        held_out: Sites that take no part in training; all their cases are test.
+        by: "subject", or "slices" for single-subject sites: blocks of slices of the
+            same volume are divided. That is the same patient on both sides, and the
+            report says so.
+        file: CSV `case_id,split` that fixes the division.
+        seed: Seed of the division alone; None = the study's seed.
+    """
+
+    train: float = Field(0.6, ge=0, le=1)
+    validation: float = Field(0.2, ge=0, le=1)
+    test: float = Field(0.2, ge=0, le=1)
+    held_out: tuple[str, ...] = ()
+    by: Literal["subject", "slices"] = "subject"
+    file: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitSection:
+        if abs(self.train + self.validation + self.test - 1) > 1e-6:
+            raise ValueError("train + validation + test must be 1")
+        return self
+
+
+class PreprocessSection(Section):
+    """How a case becomes network input; see `fedmed.imaging.preprocess`."""
+
+    spacing_mm: tuple[float | None, ...] | None = None
+    size: tuple[int, ...] | None = None
+    intensity: Literal[
+        "zscore", "zscore_foreground", "percentile", "window", "unit", "none"
+    ] = "zscore"
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    window: tuple[float, float] | None = None
+
+
+class ModelSection(OpenSection):
+    """The network; further keys are its options (`base`, `levels`, `norm`...).
+
+    Attributes:
+        name: "unet", "mlp" or "monai:<Name>".
+        mode: "slice" (2D, 2.5D), "patch" (3D) or "row" (tables).
+        slices: Adjacent slices fed as channels (odd); 1 = plain 2D.
+        patch_size: Of mode "patch", voxels in I, J, K.
+    """
+
+    name: str = "unet"
+    mode: Literal["slice", "patch", "row"] = "slice"
+    slices: int = Field(1, ge=1)
+    patch_size: tuple[int, int, int] | None = None
+
+
+class OptimizerSection(Section):
+    """See `fedmed.optimizer.OptimizerSpec`."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(1e-2, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class TrainSection(Section):
+    """Local training.
+
+    Attributes:
+        batch_size: Examples per step and site.
+        local_steps: Steps per round and site.
+        local_epochs: Instead of `local_steps`: passes over the site's own examples.
+        loss: Name for `fedmed.losses.build`.
+        optimizer: Of the sites in `sync: round`, of the server in `sync: step`.
+        optimizer_state: Whether a site's optimiser starts afresh each round.
+        clip_norm: Largest gradient norm.
+        precision: float32, float64, or bfloat16 autocast.
+        augmentation: Options of `fedmed.training.augment.Augmentation`.
+        threads: Torch threads per site, whatever the transport.
+        device: "cpu", "cuda" or "auto".
+    """
+
+    batch_size: int = Field(8, ge=1)
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: float | None = Field(None, gt=0)
+    loss: str = "dice_linear+cross_entropy"
+    optimizer: OptimizerSection = OptimizerSection()
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    augmentation: Mapping[str, Any] = Field(default_factory=dict)
+    threads: int = Field(1, ge=1)
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("give local_steps or local_epochs, not both")
+        return self
+
+
+class StrategySection(OpenSection):
+    """The method; further keys are its hyper-parameters."""
+
+    name: str = "fedavg"
+
+
+class EvaluateSection(Section):
+    """What is measured, and when.
+
+    Attributes:
+        every: Rounds between validations; the last round is always evaluated.
+        batch_size: Examples per forward pass.
+        largest_component: Keep only the largest component of each class.
+        overlays: Cases per site kept as pictures (worst, median, best), 0 = none.
+    """
+
+    every: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    largest_component: bool = False
+    overlays: int = Field(3, ge=0, le=3)
+
+
+class ToleranceSection(Section):
+    """What a run survives.
+
+    Attributes:
+        quarantine_budget: Largest fraction of unusable cases per site.
+        quorum: Smallest fraction of the training sites that must answer a round.
+        retries: How often a round below quorum is tried again.
+        timeout_s: Longest wait for one exchange; None = no limit.
+        norm_factor: An update is refused if its norm exceeds this many times the
+            median norm of the round.
+    """
+
+    quarantine_budget: float = Field(0.2, ge=0, le=1)
+    quorum: float = Field(1.0, gt=0, le=1)
+    retries: int = Field(1, ge=0)
+    timeout_s: float | None = Field(3600.0, gt=0)
+    norm_factor: float = Field(100.0, gt=1)
+
+
+class TransportSection(OpenSection):
+    """How exchanges travel; further keys are the transport's options."""
+
+    name: Literal["inprocess", "ray", "flower", "deployment"] = "inprocess"
+
+
+class Study(Section):
+    """A complete study."""
+
+    name: str
+    title: str = ""
+    seed: int = 0
+    rounds: int = Field(10, ge=1)
+    sites: SitesSection
+    split: SplitSection = SplitSection()
+    preprocess: PreprocessSection = PreprocessSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    strategy: StrategySection = StrategySection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tolerance: ToleranceSection = ToleranceSection()
+    transport: TransportSection = TransportSection()
+    cache: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML, JSON and other processes."""
+        return self.model_dump(mode="json")
+
+
+def study_from_dict(content: Mapping[str, Any], *, where: str = "the study") -> Study:
+    """Check a mapping and turn it into a `Study`.
+
+    Raises:
+        ConfigError: With every problem found, the nearest known key for each
+            unknown one.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study file and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: If the file is missing, is no YAML mapping, or does not check.
+    """
+    content = read_yaml(path)
+    for override in overrides:
+        _apply(content, override)
+    return study_from_dict(content, where=path.name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: If it is missing or is no mapping.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.y*ml")], 1
+        )
+        hint = f"Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"there is no study file {path}", hint=hint)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path.name} is not valid YAML{place}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path.name} must hold a mapping of keys to values")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value",
+            hint="For example: train.optimizer.lr=0.01",
+        )
+    *parents, last = path.split(".")
+    target = content
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value")
+    try:
+        target[last] = _scalar(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+
+
+def _scalar(text: str) -> Any:
+    """YAML value; 1e-3 is a number here, as everybody means it."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = problem["loc"]
+        near = difflib.get_close_matches(str(key), _known_keys(parents), 1, 0.5)
+        asked = f", did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {where!r}{asked}"
+    if problem["type"] == "missing":
+        return f"key {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    seen = problem.get("input")
+    shown = f" (seen: {seen!r})" if isinstance(seen, str | int | float) else ""
+    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+
+
+def _known_keys(parents: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Study
+    for parent in parents:
+        kind = model.model_fields[str(parent)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    return list(model.model_fields)
+
+
+def expand(path: str) -> Path:
+    """Expand `~` and environment variables of a path in a study.
+
+    Raises:
+        ConfigError: If a variable is not set.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if "$" in expanded:
+        name = expanded[expanded.index("$") :].strip("${}").split("}")[0].split("/")[0]
+        raise ConfigError(
+            f"the path {path!r} names the environment variable {name}, which is not set",
+            hint=f"export {name}=/folder/of/your/data",
+        )
+    return Path(expanded)

@@ -1,0 +1,1 @@
+"""Local optimisation: examples, batches, the trainer. Knows no algorithm."""

@@ -1,0 +1,142 @@
+"""The trainer: local optimisation for one site on one device. Knows no algorithm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedmed.errors import SiteError
+from fedmed.message import State
+from fedmed.optimizer import OptimizerSpec, memory_of, restore_memory
+
+Precision = Literal["float32", "float64", "bfloat16"]
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.float32,  # weights stay float32, arithmetic is autocast
+}
+
+
+class TrainingBatch(Protocol):
+    """What a trainer needs of a batch: images (B, C, ...) and labels (B, ...)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What local training gives back.
+
+    Attributes:
+        loss: Mean training loss over the steps, penalty excluded.
+        memory: The optimiser's memory after the last step.
+        steps: Steps taken.
+    """
+
+    loss: float
+    memory: State = field(default_factory=dict)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Batches in, gradients or trained weights out.
+
+    Attributes:
+        loss: Maps logits (B, L, ...) and labels (B, ...) to a scalar.
+        optimizer: Local optimiser.
+        site_id: Passed to the network's forward, which may hold per-site sets.
+        clip_norm: Largest global L2 norm of a gradient, None = unlimited.
+        device: Where the network lives.
+        precision: "bfloat16" autocasts the forward pass; weights stay float32.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: OptimizerSpec
+    site_id: str
+    clip_norm: float | None = None
+    device: str = "cpu"
+    precision: Precision = "float32"
+
+    def forward(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
+        """Mean loss of one batch, differentiable."""
+        images = batch.images.to(self.device, DTYPES[self.precision])
+        labels = batch.labels.to(self.device)
+        with self._autocast():
+            logits = model(images, site=self.site_id)
+        return self.loss(logits, labels)
+
+    def gradient(self, model: nn.Module, batch: TrainingBatch) -> tuple[State, float]:
+        """Gradient of the batch's loss with respect to every trainable parameter.
+
+        Raises:
+            SiteError: If the loss is not finite.
+        """
+        model.zero_grad(set_to_none=True)
+        loss = self.forward(model, batch)
+        self._require_finite(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradient = {
+            name: p.grad.detach()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+        return gradient, float(loss.detach())
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Iterable[TrainingBatch],
+        *,
+        memory: State | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        correction: State | None = None,
+    ) -> TrainResult:
+        """Take one optimiser step per batch, in place.
+
+        Args:
+            model: Network in training mode.
+            batches: The batches, in order.
+            memory: Optimiser memory to continue from; None starts fresh.
+            penalty: Added to every step's loss (a proximal term).
+            correction: Added to the gradient of the named parameters.
+        """
+        named = dict(model.named_parameters())
+        names = sorted(named)
+        optimizer = self.optimizer.build([named[name] for name in names])
+        restore_memory(optimizer, names, memory or {})
+        losses = []
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.forward(model, batch)
+            losses.append(loss.detach())
+            (loss if penalty is None else loss + penalty(model)).backward()
+            for name, shift in (correction or {}).items():
+                if (grad := named[name].grad) is not None:
+                    grad.add_(shift.to(grad))
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
+            optimizer.step()
+        if not losses:
+            return TrainResult(float("nan"))
+        mean = torch.stack(losses).double().mean()
+        self._require_finite(mean)
+        return TrainResult(float(mean), memory_of(optimizer, names), len(losses))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss.detach()).item():
+            raise SiteError(
+                f"site {self.site_id}: the training loss became {float(loss)}",
+                hint="Lower train.optimizer.lr, or set train.clip_norm.",
+            )
