@@ -9,7 +9,7 @@ anything stored on `self` would leak between them; strategies are frozen.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -17,13 +17,13 @@ from fedmed.message import SiteId, State
 from fedmed.optimizer import OptimizerSpec, clip, descend
 from fedmed.partition import Entry, StatePartition
 from fedmed.payload import Payload
-from fedmed.reduce import merge_states, weighted_mean
+from fedmed.reduce import merge_states
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from fedmed.training.trainer import Trainer
+    from fedmed.training.pooled import PooledTraining
+    from fedmed.training.trainer import Trainer, TrainingBatch
 
 Sync = Literal["step", "round"]
 Weighting = Literal["examples", "uniform"]
@@ -214,6 +214,7 @@ class SiteContext(Protocol):
     round: int
     num_examples: int
     steps: int
+    keeps_optimizer: bool
     private: Private
     partition: StatePartition
     trainer: Trainer
@@ -221,7 +222,7 @@ class SiteContext(Protocol):
     def load(self, shared: State) -> nn.Module:
         """Give the network in training mode: shared entries plus what is kept."""
 
-    def batches(self, first: int, count: int) -> list[Batches]:
+    def batches(self, first: int, count: int) -> Iterable[TrainingBatch]:
         """Draw training batches number `first`... of this round."""
 
     def shared_of(self, model: nn.Module) -> State:
@@ -229,13 +230,6 @@ class SiteContext(Protocol):
 
     def keep(self, model: nn.Module, **states: State) -> Private:
         """The private value after this action: kept entries plus further states."""
-
-
-class Batches(Protocol):
-    """One batch as a site hands it to a strategy or trainer."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
 
 
 F = TypeVar("F", bound=Callable[..., Outcome])
@@ -312,9 +306,9 @@ class Strategy(abc.ABC):
             server = yield from self.step(server, cohort, index)
         return server
 
+    def pooled_step(self, pool: PooledTraining, index: int) -> None:
+        """One step of the pooled method that `sync: step` equals."""
+        from fedmed.training.pooled import pooled_step
 
-def mean_gradient(replies: Replies, weights: Mapping[SiteId, float]) -> State:
-    """Weighted mean of the gradients in `Gradient` replies."""
-    return weighted_mean(
-        {site: reply.state for site, reply in replies.items()}, weights
-    )
+        pooled_step(pool, index)
+

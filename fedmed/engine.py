@@ -1,0 +1,366 @@
+"""The engine: rounds, retries, checks, evaluation and checkpoints.
+
+It drives a strategy's server half over a transport. It knows no hospital and no named
+algorithm; every published idea lives in a strategy.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedmed import seeds
+from fedmed.checkpoint import Checkpoints
+from fedmed.errors import FedMedError, QuorumError, WireError
+from fedmed.gate import Expectation, screen
+from fedmed.message import Answer, Message, SiteFailure, SiteId, State
+from fedmed.payload import Metrics, Payload, expect, from_message
+from fedmed.runfolder import RunFolder
+from fedmed.strategy import Cohort, Exchange, Member, Server, ServerHalf, Strategy
+from fedmed.study import Study
+from fedmed.transports.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+POOLED_SITE = "pooled"
+"""The virtual site of strategies that pool data; simulation only."""
+
+
+class Observer(Protocol):
+    """Who wants to see a run's progress."""
+
+    def round_started(self, number: int) -> None:
+        """A round begins."""
+
+    def exchanged(self, number: int, exchange: int, losses: Mapping[str, float]) -> None:
+        """An exchange of a round is over."""
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """A round is over; `record` is its line in rounds.jsonl."""
+
+
+@dataclass
+class RoundLog:
+    """What happened in one attempt at a round."""
+
+    losses: dict[SiteId, float] = field(default_factory=dict)
+    bytes_down: dict[SiteId, int] = field(default_factory=dict)
+    bytes_up: dict[SiteId, int] = field(default_factory=dict)
+    refused: dict[SiteId, str] = field(default_factory=dict)
+    failed: dict[SiteId, str] = field(default_factory=dict)
+    exchanges: int = 0
+
+    def count(self, sent: Mapping[SiteId, Message], came: Mapping[SiteId, Any]) -> None:
+        """Add the bytes of one exchange."""
+        for site, message in sent.items():
+            self.bytes_down[site] = self.bytes_down.get(site, 0) + message.num_bytes
+        for site, answer in came.items():
+            if isinstance(answer, Message):
+                self.bytes_up[site] = self.bytes_up.get(site, 0) + answer.num_bytes
+
+
+class RoundFailedError(Exception):
+    """Too few sites were left in one attempt at a round."""
+
+
+@dataclass
+class Engine:
+    """Runs the rounds of one study.
+
+    Attributes:
+        study: The study.
+        strategy: Its method.
+        transport: Open transport to the hosts.
+        folder: Where results go.
+        members: Training sites and their registered numbers of examples.
+        evaluated: Every real site that is evaluated, training or held out.
+        observer: Sees progress.
+        should_stop: Asked between rounds; True ends the run, resumable.
+        columns: Columns of cases.csv.
+    """
+
+    study: Study
+    strategy: Strategy
+    transport: Transport
+    folder: RunFolder
+    members: tuple[Member, ...]
+    evaluated: tuple[SiteId, ...]
+    observer: Observer
+    columns: tuple[str, ...]
+    score: Callable[[list[Mapping[str, Any]]], float]
+    should_stop: Callable[[], bool] = lambda: False
+    _tokens: dict[SiteId, str] = field(default_factory=dict)
+
+    def run(self, server: Server, best: float | None = None) -> tuple[Server, bool]:
+        """Run all rounds after `server.round`; returns the server and "finished"."""
+        checkpoints = Checkpoints(self.folder.checkpoints)
+        if server.round == 0 and checkpoints.is_empty():
+            self._save(checkpoints, server, None)
+        while server.round < self.study.rounds:
+            if self.should_stop():
+                return server, False
+            server, record, rows = self._round(server)
+            value = record["score"]
+            is_best = value is not None and (best is None or value > best)
+            best = value if is_best else best
+            self.folder.append_cases(self.columns, rows)
+            self.folder.append_round(record)
+            self._save(checkpoints, server, best, is_best=is_best)
+            self.observer.round_finished(record)
+        return server, True
+
+    def _save(
+        self,
+        checkpoints: Checkpoints,
+        server: Server,
+        best: float | None,
+        *,
+        is_best: bool = False,
+    ) -> None:
+        states = {"shared": server.shared} | {
+            f"memory/{name}": state for name, state in server.memory.items()
+        }
+        checkpoints.save(
+            server.round, states, {"best": best}, score=best if is_best else None
+        )
+
+    def _round(
+        self, server: Server
+    ) -> tuple[Server, dict[str, Any], list[Mapping[str, Any]]]:
+        number = server.round + 1
+        started = time.monotonic()
+        self.observer.round_started(number)
+        for attempt in range(self.study.tolerance.retries + 1):
+            log = RoundLog()
+            self._tokens = {}
+            try:
+                after = self._attempt(server, number, attempt, log)
+                break
+            except RoundFailedError as error:
+                logger.warning("round %d, attempt %d: %s", number, attempt + 1, error)
+                reason = str(error)
+        else:
+            raise QuorumError(
+                f"round {number}: {reason}",
+                hint="The last checkpoint is intact: mend the sites, then --resume; "
+                "or lower tolerance.quorum.",
+            )
+        after = replace(after, round=number)
+        rows = self._end_round(after, number, attempt, log)
+        record = self._record(number, attempt, log, rows)
+        record["seconds"] = round(time.monotonic() - started, 3)
+        return after, record, rows
+
+    def _attempt(
+        self, server: Server, number: int, attempt: int, log: RoundLog
+    ) -> Server:
+        alive = tuple(member.site_id for member in self.members)
+        cohort = Cohort(
+            self.members,
+            steps=self._steps(),
+            round=number,
+            rng_seed=seeds.derive(self.study.seed, "strategy", number),
+        )
+        half: ServerHalf = self.strategy.run_round(server, cohort)
+        try:
+            request = next(half)
+            while True:
+                targets = tuple(s for s in request.site_ids if s in alive)
+                replies = self._exchange(request, targets, (number, attempt), server, log)
+                alive = tuple(s for s in alive if s not in {**log.refused, **log.failed})
+                self._require_quorum(alive, log)
+                request = half.send(replies)
+        except StopIteration as end:
+            result: Server = end.value
+            return result
+
+    def _steps(self) -> int:
+        train = self.study.train
+        if train.local_steps is not None:
+            return train.local_steps
+        largest = max(member.num_examples for member in self.members)
+        return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
+
+    def _require_quorum(self, alive: tuple[SiteId, ...], log: RoundLog) -> None:
+        needed = math.ceil(self.study.tolerance.quorum * len(self.members) - 1e-9)
+        if len(alive) < max(1, needed):
+            problems = {**log.failed, **log.refused}
+            told = "; ".join(f"{site}: {why}" for site, why in sorted(problems.items()))
+            raise RoundFailedError(
+                f"{len(alive)} of {len(self.members)} sites are usable, the quorum is "
+                f"{needed} ({told})"
+            )
+
+    def _exchange(
+        self,
+        request: Exchange,
+        targets: tuple[SiteId, ...],
+        stamp: tuple[int, int],
+        server: Server,
+        log: RoundLog,
+    ) -> dict[SiteId, Payload]:
+        sent = {
+            site: self._message(request, site, stamp, log.exchanges) for site in targets
+        }
+        answers = self._deliver(sent)
+        log.count(sent, answers)
+        log.failed.update(failures(answers))
+        messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
+        accepted, refused = self._screen(messages, server)
+        log.refused.update(refused)
+        for site, message in accepted.items():
+            self._tokens[site] = str(sent[site].header["token"])
+            loss = message.header.get("values", {}).get("loss")
+            if loss is not None:
+                log.losses[site] = float(loss)
+        log.exchanges += 1
+        self.observer.exchanged(stamp[0], log.exchanges, log.losses)
+        return {site: from_message(accepted[site]) for site in sorted(accepted)}
+
+    def _message(
+        self, request: Exchange, site: SiteId, stamp: tuple[int, int], exchange: int
+    ) -> Message:
+        content = {**request.content, **request.content_by_site.get(site, {})}
+        number, attempt = stamp
+        header: dict[str, Any] = {
+            "round": number,
+            "token": f"{number}.{attempt}.{exchange}",
+            "after": self._tokens.get(site, ""),
+            "values": {},
+            "states": [],
+        }
+        tensors = {}
+        for name, value in content.items():
+            if isinstance(value, Mapping):
+                header["states"].append(name)
+                tensors.update({f"{name}/{key}": t for key, t in value.items()})
+            else:
+                header["values"][name] = value
+        return Message(request.action, header, tensors)
+
+    def _deliver(self, sent: Mapping[SiteId, Message]) -> dict[SiteId, Answer]:
+        if not sent:
+            return {}
+        return self.transport.exchange(sent, timeout_s=self.study.tolerance.timeout_s)
+
+    def _screen(
+        self, messages: Mapping[SiteId, Message], server: Server
+    ) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
+        expectation = Expectation(
+            reference=server.shared,
+            registered={m.site_id: m.num_examples for m in self.members},
+            norm_factor=self.study.tolerance.norm_factor,
+        )
+        accepted, refused = screen(messages, expectation)
+        for site, why in refused.items():
+            logger.warning("the reply of site %s was refused: %s", site, why)
+        return dict(accepted), dict(refused)
+
+    def _end_round(
+        self, server: Server, number: int, attempt: int, log: RoundLog
+    ) -> list[Mapping[str, Any]]:
+        """Let the sites file their private state and evaluate, in one exchange."""
+        last = number == self.study.rounds
+        due = last or number % self.study.evaluate.every == 0
+        splits = [] if not due else ["validation", "test"] if last else ["validation"]
+        trained = tuple(site for site in self._tokens)
+        targets = sorted({*trained, *(self.evaluated if due else ())})
+        content: dict[str, Any] = {"splits": splits, "overlays": last}
+        sent = {
+            site: self._message(
+                Exchange("end_round", (site,), {**content, "weights": server.shared}),
+                site,
+                (number, attempt),
+                log.exchanges,
+            )
+            for site in targets
+        }
+        answers = self._deliver(sent)
+        log.count(sent, answers)
+        rows: list[Mapping[str, Any]] = []
+        for site in sorted(answers):
+            answer = answers[site]
+            if isinstance(answer, SiteFailure):
+                log.failed[site] = f"{answer.reason} while evaluating: {answer.detail}"
+                if answer.fatal or site in trained:
+                    raise QuorumError(
+                        f"round {number}: site {site} could not end the round "
+                        f"({answer.reason}: {answer.detail})",
+                        hint="The last checkpoint is intact; go on with --resume.",
+                    )
+                continue
+            payload = expect(from_message(answer), Metrics)
+            rows.extend({"round": number, "site": site, **row} for row in payload.rows)
+        return rows
+
+    def _record(
+        self,
+        number: int,
+        attempt: int,
+        log: RoundLog,
+        rows: list[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        validation: dict[SiteId, float] = {}
+        for site in sorted({row["site"] for row in rows}):
+            own = [r for r in rows if r["site"] == site and r["split"] == "validation"]
+            if own:
+                validation[site] = self.score(own)
+        # Model selection never looks at the held-out site.
+        source = {m.site_id for m in self.members} | {POOLED_SITE}
+        held_out = set(self.study.split.held_out)
+        values = [v for s, v in validation.items() if s not in held_out and source]
+        known = [v for v in values if math.isfinite(v)]
+        return {
+            "round": number,
+            "seconds": 0.0,
+            "loss": dict(sorted(log.losses.items())),
+            "bytes_down": dict(sorted(log.bytes_down.items())),
+            "bytes_up": dict(sorted(log.bytes_up.items())),
+            "answered": sorted(self._tokens),
+            "refused": dict(sorted(log.refused.items())),
+            "failed": dict(sorted(log.failed.items())),
+            "validation": validation or None,
+            "score": sum(known) / len(known) if known else None,
+            "exchanges": log.exchanges + 1,
+            "retries": attempt,
+        }
+
+
+def failures(answers: Mapping[SiteId, Answer]) -> dict[SiteId, str]:
+    """Name the sites without a reply and why."""
+    return {
+        site: f"{answer.reason}: {answer.detail}"
+        for site, answer in answers.items()
+        if isinstance(answer, SiteFailure)
+    }
+
+
+def restored(server: Server, states: Mapping[str, State], number: int) -> Server:
+    """Put a checkpoint's states into a freshly made server.
+
+    Raises:
+        WireError: Never in a healthy folder; the names do not fit otherwise.
+    """
+    memory = {
+        name.partition("/")[2]: dict(state)
+        for name, state in states.items()
+        if name.startswith("memory/")
+    }
+    shared = dict(states.get("shared", {}))
+    if set(shared) != set(server.shared):
+        raise WireError("the checkpoint holds another network than the study")
+    return replace(
+        server, shared=shared, memory={**server.memory, **memory}, round=number
+    )
+
+
+def raise_first(answers: Mapping[SiteId, Answer], doing: str) -> None:
+    """Raise if any site failed, naming all of them."""
+    problems = failures(answers)
+    if problems:
+        told = "; ".join(f"{site}: {why}" for site, why in sorted(problems.items()))
+        raise FedMedError(f"{doing}: {told}")

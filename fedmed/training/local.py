@@ -1,0 +1,161 @@
+"""The plain train step and train round that most federated methods share.
+
+Strategies share code by calling these functions, not by inheriting from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedmed.message import SiteId, State
+from fedmed.optimizer import descend
+from fedmed.payload import Gradient, Weights
+from fedmed.reduce import weighted_mean
+from fedmed.strategy import Outcome, Replies, Server, SiteContext
+
+if TYPE_CHECKING:
+    from fedmed.training.trainer import TrainResult
+
+OPTIMIZER = "optimizer"
+"""Name of a site's optimiser memory in its private value."""
+
+
+def local_gradient(
+    site: SiteContext, weights: State, index: int, share: float = 1.0
+) -> Outcome:
+    """Answer with the gradient of the site's loss on one batch.
+
+    Trainable entries that the site keeps are moved here, by the study's optimiser,
+    with the gradient of `share` times the loss: their part of the pooled step.
+
+    Args:
+        site: The hospital.
+        weights: Shared entries.
+        index: Number of the batch within the round.
+        share: Weight of this site in the pooled loss; matters for kept entries only.
+    """
+    model = site.load(weights)
+    (batch,) = site.batches(index, 1)
+    gradient, loss = site.trainer.gradient(model, batch)
+    shared = set(site.partition.shared)
+    own = {name: share * g for name, g in gradient.items() if name not in shared}
+    memory: State = {}
+    if own:
+        memory = _descend_in_place(site, model, own)
+    payload = Gradient(
+        num_examples=site.num_examples,
+        values={"loss": loss},
+        state={name: g for name, g in gradient.items() if name in shared},
+        buffers=_shared_buffers(site, model),
+    )
+    return Outcome(payload, site.keep(model, **({OPTIMIZER: memory} if memory else {})))
+
+
+def _descend_in_place(site: SiteContext, model: nn.Module, gradient: State) -> State:
+    named = dict(model.named_parameters())
+    current = {name: named[name].detach() for name in gradient}
+    memory = dict(site.private.states.get(OPTIMIZER, {}))
+    moved, memory = descend(current, gradient, site.trainer.optimizer, memory)
+    with torch.no_grad():
+        for name, value in moved.items():
+            named[name].copy_(value)
+    return memory
+
+
+def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
+    buffers = {name for name, _ in model.named_buffers()}
+    return {n: t for n, t in site.shared_of(model).items() if n in buffers}
+
+
+def train_here(
+    site: SiteContext,
+    weights: State,
+    *,
+    first: int = 0,
+    count: int | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    correction: State | None = None,
+) -> tuple[nn.Module, TrainResult]:
+    """Run local steps and give the trained network.
+
+    Args:
+        site: The hospital.
+        weights: Shared entries; what the site keeps is added by it.
+        first: Number of the first batch within the round.
+        count: Number of steps; None = the round's.
+        penalty: Added to every step's loss.
+        correction: Added to every step's gradient.
+    """
+    model = site.load(weights)
+    result = site.trainer.train(
+        model,
+        site.batches(first, site.steps if count is None else count),
+        memory=dict(site.private.states.get(OPTIMIZER, {})),
+        penalty=penalty,
+        correction=correction,
+    )
+    return model, result
+
+
+def trained_outcome(
+    site: SiteContext,
+    model: nn.Module,
+    result: TrainResult,
+    *,
+    extra: Mapping[str, State] | None = None,
+    keep: Mapping[str, State] | None = None,
+) -> Outcome:
+    """Pack trained weights into the reply, and the rest into the private value."""
+    kept = dict(keep or {})
+    if site.keeps_optimizer:
+        kept[OPTIMIZER] = result.memory
+    payload = Weights(
+        num_examples=site.num_examples,
+        values={"loss": result.loss, "steps": result.steps},
+        state=site.shared_of(model),
+        extra=extra or {},
+    )
+    return Outcome(payload, site.keep(model, **kept))
+
+
+def local_training(
+    site: SiteContext,
+    weights: State,
+    *,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+) -> Outcome:
+    """Answer with the shared weights after the round's local steps."""
+    model, result = train_here(site, weights, penalty=penalty)
+    return trained_outcome(site, model, result)
+
+
+def share_of(weights: Mapping[SiteId, float]) -> dict[SiteId, dict[str, float]]:
+    """Each site's normalised weight, as per-site content of an exchange."""
+    total = sum(weights[site] for site in sorted(weights))
+    return {site: {"share": weights[site] / total} for site in weights}
+
+
+def present(weights: Mapping[SiteId, float], replies: Replies) -> dict[SiteId, float]:
+    """Weights of the sites that answered."""
+    return {site: weights[site] for site in replies}
+
+
+def stepped(
+    server: Server, replies: Replies, weights: Mapping[SiteId, float]
+) -> Server:
+    """Average gradients, take the server's optimiser step, merge statistics."""
+    weights = present(weights, replies)
+    gradient = weighted_mean({s: r.state for s, r in replies.items()}, weights)
+    server = server.descend(gradient)
+    buffers = {s: r.buffers for s, r in replies.items()}
+    return server.with_shared(server.merge(buffers, weights))
+
+
+def merged(server: Server, replies: Replies, weights: Mapping[SiteId, float]) -> Server:
+    """Average weights by role: parameters by mean, statistics by total variance."""
+    states = {site: reply.state for site, reply in replies.items()}
+    return server.with_shared(server.merge(states, present(weights, replies)))

@@ -1,0 +1,93 @@
+"""Pooled training: what a federated method must equal, in plain PyTorch.
+
+One process, all sites' batches, one backward pass, one `torch.optim` step. Nothing of
+the exchange engine is used here, so that a comparison with it means something.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fedmed.message import SiteId, State
+from fedmed.training.trainer import TrainingBatch
+
+
+@dataclass
+class PooledTraining:
+    """The pooled side of a comparison.
+
+    Attributes:
+        models: One network per site. What a strategy shares is one and the same
+            parameter in all of them; what sites keep is each network's own.
+        batches: Gives every site's batch of a step.
+        loss: As in the study.
+        weights: Weight of each site's mean loss; they sum to 1.
+        optimizer: The study's optimiser over all distinct parameters.
+        lr: Its learning rate.
+        memory: Moments of methods with an optimiser of their own.
+    """
+
+    models: Mapping[SiteId, nn.Module]
+    batches: Callable[[int], Mapping[SiteId, TrainingBatch]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weights: Mapping[SiteId, float]
+    optimizer: torch.optim.Optimizer
+    lr: float
+    memory: State = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The first network: the place of the shared parameters."""
+        return self.models[min(self.models)]
+
+
+def tied(model: nn.Module, site_ids: tuple[SiteId, ...], shared: tuple[str, ...]) -> dict[SiteId, nn.Module]:
+    """Copy a network per site, with one common parameter for each shared name."""
+    models = {site: copy.deepcopy(model) for site in site_ids}
+    first = dict(models[min(site_ids)].named_parameters())
+    for network in models.values():
+        for name, parameter in first.items():
+            if name in shared:
+                parent, _, leaf = name.rpartition(".")
+                setattr(network.get_submodule(parent), leaf, parameter)
+    return models
+
+
+def distinct_parameters(models: Mapping[SiteId, nn.Module]) -> list[nn.Parameter]:
+    """Every parameter once, in a stable order."""
+    found: dict[int, nn.Parameter] = {}
+    for site in sorted(models):
+        found.update({id(p): p for p in models[site].parameters()})
+    return list(found.values())
+
+
+def pooled_gradient(pool: PooledTraining, index: int) -> State:
+    """Backpropagate the weighted sum of all sites' losses once.
+
+    Returns:
+        The gradient of the first network's parameters, by name; every parameter's
+        `grad` is set.
+    """
+    for network in pool.models.values():
+        network.zero_grad(set_to_none=True)
+    batches = pool.batches(index)
+    terms = [
+        pool.weights[site]
+        * pool.loss(pool.models[site](batch.images, site=site), batch.labels)
+        for site, batch in sorted(batches.items())
+    ]
+    torch.stack(terms).sum().backward()
+    return {
+        name: p.grad for name, p in pool.model.named_parameters() if p.grad is not None
+    }
+
+
+def pooled_step(pool: PooledTraining, index: int) -> None:
+    """One step of the study's optimiser on the pooled loss."""
+    pooled_gradient(pool, index)
+    pool.optimizer.step()

@@ -1,0 +1,150 @@
+r"""SCAFFOLD. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated
+Learning, ICML 2020, arXiv:1910.06378, algorithm 1, option II.
+
+    each site k, K steps:  w_k <- w_k - eta_l (g_k(w_k) - c_k + c)
+                           c_k+ <- c_k - c + (w^t - w_k) / (K eta_l)
+    server:                w^{t+1} <- w^t + eta_g mean_k (w_k - w^t)
+                           c <- c + (|S| / N) mean_k (c_k+ - c_k)
+"""  # noqa: D205, D415
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedmed.errors import ConfigError
+from fedmed.message import State
+from fedmed.reduce import weighted_mean
+from fedmed.strategy import (
+    Cohort,
+    Exchange,
+    Outcome,
+    Replies,
+    Server,
+    ServerHalf,
+    SiteContext,
+    Strategy,
+    Weighting,
+    at_site,
+)
+from fedmed.training.local import merged, train_here, trained_outcome
+
+_CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class Scaffold(Strategy):
+    """FedAvg with control variates that correct the drift of local steps.
+
+    Attributes:
+        server_lr: eta_g, > 0.
+
+    Exchanges: 1 per round (`sync: round`) or 1 per step (`sync: step`, K = 1). With
+    every site present the control variates cancel in a mean of single steps, so
+    `sync: step` equals pooled SGD.
+
+    Leaves the site:
+        Weights: shared entries; extra "control": the change of the control variate,
+        as revealing as a gradient; together twice the size of the model.
+    Kept by the site:
+        Its control variate c_k.
+
+    Differs from the source:
+        Running statistics are merged and have no control variate. Sites may be
+        weighted by examples (`weighting: examples`); the paper's mean is the default.
+    """
+
+    weighting: Weighting = "uniform"
+    server_lr: float = 1.0
+
+    paper: ClassVar[str] = "Karimireddy et al., ICML 2020, arXiv:1910.06378"
+    exchanges: ClassVar = {"step": 1, "round": 1}
+    exact: ClassVar[bool] = True
+    leaves_site: ClassVar = (
+        "Weights: shared entries and the change of the control variate",
+    )
+    kept_by_site: ClassVar = ("its control variate",)
+
+    def __post_init__(self) -> None:
+        """Check the constant."""
+        if self.server_lr <= 0:
+            raise ConfigError(f"strategy.server_lr must be > 0 (seen: {self.server_lr})")
+
+    def initial(self, server: Server) -> Server:
+        """Start with c = 0."""
+        if server.optimizer.name != "sgd" or server.optimizer.momentum:
+            raise ConfigError(
+                "scaffold needs plain SGD at the sites (seen: "
+                f"{server.optimizer.name}, momentum {server.optimizer.momentum})",
+                hint="Set train.optimizer: {name: sgd, momentum: 0}.",
+            )
+        zero = {name: torch.zeros_like(w) for name, w in server.trainable().items()}
+        return server.remember(control=zero)
+
+    def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
+        """One corrected local step each, then the server's update."""
+        replies = yield self._ask(server, cohort, first=index, count=1)
+        return self._update(server, cohort, replies)
+
+    def round(self, server: Server, cohort: Cohort) -> ServerHalf:
+        """Corrected local steps, then the server's update."""
+        replies = yield self._ask(server, cohort, first=0, count=None)
+        return self._update(server, cohort, replies)
+
+    def _ask(
+        self, server: Server, cohort: Cohort, *, first: int, count: int | None
+    ) -> Exchange:
+        return cohort.ask(
+            self.training,
+            weights=server.shared,
+            control=server.memory[_CONTROL],
+            first=first,
+            count=count,
+        )
+
+    def _update(self, server: Server, cohort: Cohort, replies: Replies) -> Server:
+        weights = self.weights_of(cohort)
+        target = merged(server, replies, weights)
+        moved = {
+            name: w + self.server_lr * (target.shared[name] - w)
+            for name, w in server.trainable().items()
+        }
+        change = weighted_mean(
+            {site: reply.extra[_CONTROL] for site, reply in replies.items()},
+            {site: weights[site] for site in replies},
+        )
+        present = len(replies) / len(cohort.members)
+        control = {
+            name: c + present * change[name]
+            for name, c in server.memory[_CONTROL].items()
+        }
+        return target.with_shared(moved).remember(control=control)
+
+    @at_site
+    def training(
+        self,
+        site: SiteContext,
+        weights: State,
+        control: State,
+        first: int,
+        count: int | None,
+    ) -> Outcome:
+        """Local steps along g - c_k + c, and the new c_k."""
+        zero = {name: torch.zeros_like(c) for name, c in control.items()}
+        own = site.private.states.get(_CONTROL, zero)
+        shift = {name: c - own[name] for name, c in control.items()}
+        model, result = train_here(
+            site, weights, first=first, count=count, correction=shift
+        )
+        end = dict(model.named_parameters())
+        scale = 1 / (result.steps * site.trainer.optimizer.lr)
+        change = {
+            name: scale * (weights[name] - end[name].detach()) - c
+            for name, c in control.items()
+        }
+        kept = {name: own[name] + change[name] for name in control}
+        return trained_outcome(
+            site, model, result, extra={_CONTROL: change}, keep={_CONTROL: kept}
+        )
