@@ -1,0 +1,4 @@
+"""Reading scans and pictures, checking them, bringing them on one grid, caching them.
+
+Runs only where the data are: `strategies` never imports this package.
+"""
