@@ -20,14 +20,18 @@ from fedmed.gate import Expectation, screen
 from fedmed.message import Answer, Message, SiteFailure, SiteId, State
 from fedmed.payload import Metrics, Payload, expect, from_message
 from fedmed.runfolder import RunFolder
-from fedmed.strategy import Cohort, Exchange, Member, Server, ServerHalf, Strategy
+from fedmed.strategy import (
+    Cohort,
+    Exchange,
+    Member,
+    Server,
+    ServerHalf,
+    Strategy,
+)
 from fedmed.study import Study
 from fedmed.transports.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-POOLED_SITE = "pooled"
-"""The virtual site of strategies that pool data; simulation only."""
 
 
 class Observer(Protocol):
@@ -310,9 +314,8 @@ class Engine:
             if own:
                 validation[site] = self.score(own)
         # Model selection never looks at the held-out site.
-        source = {m.site_id for m in self.members} | {POOLED_SITE}
         held_out = set(self.study.split.held_out)
-        values = [v for s, v in validation.items() if s not in held_out and source]
+        values = [v for site, v in validation.items() if site not in held_out]
         known = [v for v in values if math.isfinite(v)]
         return {
             "round": number,

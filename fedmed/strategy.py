@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Sync = Literal["step", "round"]
 Weighting = Literal["examples", "uniform"]
+POOLED_SITE = "pooled"
+"""The virtual site of strategies that pool data; simulation only."""
+
 Replies = Mapping[SiteId, Any]
 """Accepted payloads by site, in sorted order."""
 

@@ -1,0 +1,123 @@
+"""Joining: what the sites say about themselves before the first round, checked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedmed.engine import raise_first
+from fedmed.errors import ConfigError, DataError
+from fedmed.message import Message, SiteId
+from fedmed.payload import Card, expect, from_message
+from fedmed.strategy import POOLED_SITE, Member
+from fedmed.study import Study
+from fedmed.task import Task
+from fedmed.transports.transport import Transport
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The sites after they presented themselves.
+
+    Attributes:
+        task: What all of them agree to learn.
+        members: Sites that train, sorted.
+        evaluated: Sites that are evaluated, sorted.
+        data: Facts per real site, for the lock file and the report.
+    """
+
+    task: Task
+    members: tuple[Member, ...]
+    evaluated: tuple[SiteId, ...]
+    data: Mapping[SiteId, Mapping[str, Any]]
+
+
+def join(
+    transport: Transport, study: Study, site_ids: tuple[SiteId, ...], at_round: int
+) -> Joined:
+    """Ask every site to present itself.
+
+    Args:
+        transport: Open transport.
+        study: The study.
+        site_ids: Real sites, and the pooled one if the strategy pools data.
+        at_round: The server's last finished round; sites roll back to it.
+
+    Raises:
+        FedMedError: If a site cannot take part; all of them are named.
+        DataError: If one image lies at two sites, or no site has training examples.
+    """
+    sent = {site: Message("join", {"round": at_round}) for site in site_ids}
+    answers = transport.exchange(sent, timeout_s=study.tolerance.timeout_s)
+    raise_first(answers, "sites could not join")
+    cards = {
+        site: expect(from_message(answer), Card)
+        for site, answer in answers.items()
+        if isinstance(answer, Message)
+    }
+    real = {site: card for site, card in cards.items() if site != POOLED_SITE}
+    _refuse_duplicates(real)
+    trains = (POOLED_SITE,) if POOLED_SITE in cards else _training_sites(study, real)
+    members = tuple(
+        Member(site, cards[site].num_examples, cards[site].values.get("card", {}))
+        for site in sorted(trains)
+    )
+    _require_examples(members)
+    return Joined(
+        _common_task(real),
+        members,
+        tuple(sorted(real)),
+        {site: _facts(card) for site, card in sorted(real.items())},
+    )
+
+
+def _training_sites(study: Study, cards: Mapping[SiteId, Card]) -> tuple[SiteId, ...]:
+    return tuple(site for site in cards if site not in study.split.held_out)
+
+
+def _require_examples(members: tuple[Member, ...]) -> None:
+    empty = [member.site_id for member in members if member.num_examples == 0]
+    if empty or not members:
+        raise DataError(
+            f"no training examples at {', '.join(empty) or 'any site'}",
+            hint="Give the site more cases, hold it out (split.held_out), or leave it "
+            "out (sites.include).",
+        )
+
+
+def _common_task(cards: Mapping[SiteId, Card]) -> Task:
+    tasks = {site: card.values["task"] for site, card in cards.items()}
+    first = min(tasks)
+    for site, task in sorted(tasks.items()):
+        if task != tasks[first]:
+            raise ConfigError(f"sites {first} and {site} describe different tasks")
+    return Task.from_dict(tasks[first])
+
+
+def _refuse_duplicates(cards: Mapping[SiteId, Card]) -> None:
+    """One image at two sites would be trained on here and tested on there."""
+    holders: dict[str, list[SiteId]] = defaultdict(list)
+    for site, card in sorted(cards.items()):
+        for fingerprint in card.values.get("fingerprints", ()):
+            holders[fingerprint].append(site)
+    shared = [sites for sites in holders.values() if len(set(sites)) > 1]
+    if shared:
+        pairs = sorted({" and ".join(sites) for sites in shared})
+        raise DataError(
+            f"{len(shared)} image(s) lie at more than one site ({', '.join(pairs)})",
+            hint="A case may belong to one site only; remove the copies.",
+        )
+
+
+def _facts(card: Card) -> dict[str, Any]:
+    counts = card.values.get("num_cases", {})
+    return {
+        "num_cases": sum(counts.values()),
+        **{f"num_{name}": count for name, count in counts.items()},
+        "num_examples": card.num_examples,
+        "card": card.values.get("card", {}),
+        "quarantined": card.values.get("quarantined", {}),
+        "fingerprint": card.values.get("data_fingerprint", ""),
+    }

@@ -1,0 +1,226 @@
+"""The workbench of a hospital, and the view of it that a strategy's site half gets."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmed import seeds
+from fedmed.message import SiteId, State
+from fedmed.partition import StatePartition
+from fedmed.resolve import load_strategy
+from fedmed.strategy import POOLED_SITE, Private, Strategy
+from fedmed.study import Study
+from fedmed.task import Task, build_model, build_trainer, resolve_device
+from fedmed.training.examples import Batch, ExampleIndex
+from fedmed.training.trainer import Trainer
+from sites.data import SiteData, divided_by_slices, list_sites, open_site, prepare_site
+
+
+class Workbench:
+    """Data, network and trainer of one site; opened once, used for every message.
+
+    Args:
+        study: The study.
+        site_id: The site, or the virtual pooled site.
+        cache: Folder of prepared cases.
+    """
+
+    def __init__(self, study: Study, site_id: SiteId, cache: Path) -> None:
+        self.study = study
+        self.site_id = site_id
+        self._cache = cache
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether this is the virtual site with everybody's data."""
+        return self.site_id == POOLED_SITE
+
+    @functools.cached_property
+    def pool(self) -> tuple[SiteData, ...]:
+        """The hospitals behind this bench: one, or all training sites."""
+        if not self.is_pooled:
+            return (self._divided(open_site(self.study, self.site_id, self._cache)),)
+        card, found = list_sites(self.study, self._cache)
+        training = [s for s in found if s.site_id not in self.study.split.held_out]
+        return tuple(
+            self._divided(prepare_site(self.study, card, source, self._cache))
+            for source in training
+        )
+
+    def _divided(self, data: SiteData) -> SiteData:
+        held_out = data.site_id in self.study.split.held_out
+        if self.study.split.by == "slices" and not held_out:
+            return divided_by_slices(data, self.study)
+        return data
+
+    @property
+    def data(self) -> SiteData:
+        """The site's data; of the pooled site, the first hospital's."""
+        return self.pool[0]
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What is to be learned, as the data set's card says."""
+        return Task.of(self.data.card)
+
+    @functools.cached_property
+    def strategy(self) -> Strategy:
+        """The study's method."""
+        section = self.study.strategy
+        return load_strategy(section.name, section.options)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The one live network of this bench; weights are loaded per message."""
+        device = resolve_device(self.study.train.device)
+        return build_model(self.study, self.task, self.strategy).to(device)
+
+    @functools.cached_property
+    def initial(self) -> State:
+        """The network's initial entries, equal at the server and at every site."""
+        return {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+
+    @functools.cached_property
+    def partition(self) -> StatePartition:
+        """What of the network is shared."""
+        return StatePartition.of(self.model, self.strategy.keeps)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The site's trainer."""
+        return build_trainer(self.study, self.site_id)
+
+    @functools.cached_property
+    def indices(self) -> tuple[ExampleIndex, ...]:
+        """Training examples of every hospital behind this bench."""
+        return tuple(self._index(data) for data in self.pool)
+
+    def _index(self, data: SiteData) -> ExampleIndex:
+        model = self.study.model
+        return ExampleIndex(
+            data.splits["train"],
+            model.mode,
+            num_slices=model.slices,
+            patch_size=model.patch_size,
+            augmentation=self.study.train.augmentation,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples; slices, patches or rows."""
+        return sum(len(index) for index in self.indices)
+
+    @property
+    def steps(self) -> int:
+        """Local steps per round."""
+        train = self.study.train
+        if train.local_steps is not None:
+            return train.local_steps
+        largest = max(len(index) for index in self.indices)
+        return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
+
+    def batch(self, number: int, step: int) -> Batch:
+        """Batch `step` of round `number`: a pure function of the study and these."""
+        drawn = [
+            index.batch(
+                seeds.derive(self.study.seed, "batches", data.site_id, number),
+                step,
+                self.study.train.batch_size,
+            )
+            for index, data in zip(self.indices, self.pool, strict=True)
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        return Batch(
+            torch.cat([batch.images for batch in drawn]),
+            torch.cat([batch.labels for batch in drawn]),
+        )
+
+    def unlabelled_batches(self) -> Iterator[torch.Tensor]:
+        """All of the site's images in order, for calibration without labels."""
+        batch_size = self.study.evaluate.batch_size
+        for split in sorted(self.data.splits):
+            section = self.study.model
+            index = ExampleIndex(
+                self.data.splits[split],
+                section.mode,
+                num_slices=section.slices,
+                patch_size=section.patch_size,
+                include_unlabelled=True,
+            )
+            for first in range(0, len(index), batch_size):
+                yield index.images(range(first, min(first + batch_size, len(index))))
+
+    def load(self, shared: State, private: Private) -> nn.Module:
+        """Put shared and kept entries into the live network."""
+        kept = private.states.get("kept", {})
+        state = {**self.initial, **kept, **shared}
+        self.model.load_state_dict(state)
+        return self.model
+
+    def card(self) -> dict[str, Any]:
+        """What the site says about itself when it joins."""
+        source = self.data.source.card
+        return {
+            "task": asdict(self.task),
+            "card": {
+                "title": source.title,
+                "modality": source.modality,
+                "facts": dict(source.facts),
+            },
+            "num_cases": self.data.num_cases,
+            "fingerprints": sorted(self.data.fingerprints.values()),
+        }
+
+
+class HospitalContext:
+    """One message's view of a hospital; see `fedmed.strategy.SiteContext`.
+
+    Args:
+        bench: The hospital's workbench.
+        private: What the site kept after the last acknowledged message.
+        number: The round.
+    """
+
+    def __init__(self, bench: Workbench, private: Private, number: int) -> None:
+        self._bench = bench
+        self.private = private
+        self.round = number
+        self.site_id = bench.site_id
+        self.num_examples = bench.num_examples
+        self.steps = bench.steps
+        self.partition = bench.partition
+        self.trainer = bench.trainer
+        self.keeps_optimizer = bench.study.train.optimizer_state == "keep"
+
+    def load(self, shared: State) -> nn.Module:
+        """Give the network in training mode: shared entries plus what is kept."""
+        return self._bench.load(shared, self.private).train()
+
+    def batches(self, first: int, count: int) -> Iterator[Batch]:
+        """Draw training batches number `first`... of this round."""
+        for step in range(first, first + count):
+            yield self._bench.batch(self.round, step)
+
+    def shared_of(self, model: nn.Module) -> State:
+        """Copy the shared entries out of the network."""
+        return _copied(model, self.partition.shared)
+
+    def keep(self, model: nn.Module, **states: State) -> Private:
+        """The private value after this action: kept entries plus further states."""
+        kept = _copied(model, self.partition.kept)
+        return self.private.with_states(**({"kept": kept} if kept else {}), **states)
+
+
+def _copied(model: nn.Module, names: Iterable[str]) -> State:
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    return {name: state[name].detach().cpu().clone() for name in names}
+

@@ -1,0 +1,216 @@
+"""A hospital's data as its host uses it: prepared cases, split by subject.
+
+The same code serves a simulated and a real hospital; only the study's `sites` section
+says where the files are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmed.case import UNKNOWN_LABEL, DatasetCard, SourceSite
+from fedmed.errors import ConfigError, DataError
+from fedmed.imaging.cache import PreparedCache, PreparedCase, prepare_cases
+from fedmed.imaging.preprocess import Preprocessing
+from fedmed.message import SiteId
+from fedmed.study import Study, expand
+from sites.catalogue import open_dataset
+from sites.splits import read_assignment, split_by_subject
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """Prepared cases of one site.
+
+    Attributes:
+        site_id: The site.
+        card: What the data set is.
+        source: The site's own card and unopened cases.
+        splits: Prepared cases by split.
+        quarantined: case_id -> reason.
+        fingerprints: case_id -> content hash of the image.
+        kept_slices: By split and case: which slices belong to the split, when one
+            volume is divided by slices; empty otherwise.
+    """
+
+    site_id: SiteId
+    card: DatasetCard
+    source: SourceSite
+    splits: Mapping[str, tuple[PreparedCase, ...]]
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_cases(self) -> dict[str, int]:
+        """Number of cases by split."""
+        return {name: len(self.splits[name]) for name in SPLITS}
+
+
+def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite, ...]]:
+    """Open the study's data set and give the sites that the study includes.
+
+    Raises:
+        ConfigError: If the study names a site that does not exist.
+        DataError: If the data set has no site.
+    """
+    section = study.sites
+    options = dict(section.options)
+    if section.dataset == "phantom":
+        options.setdefault("cache_dir", str(cache / "phantoms"))
+    root = expand(section.root) if section.root else None
+    card, found = open_dataset(section.dataset, root, options)
+    known = [site.site_id for site in found]
+    for name in (*section.include, *study.split.held_out):
+        if name not in known:
+            raise ConfigError(
+                f"the study names site {name!r}, the data set has {', '.join(known)}"
+            )
+    if section.include:
+        found = tuple(s for s in found if s.site_id in section.include)
+    if not found:
+        raise DataError(f"data set {section.dataset!r} holds no site")
+    return card, found
+
+
+def open_site(study: Study, site_id: SiteId, cache: Path) -> SiteData:
+    """Open one site: read, check, prepare and split its cases.
+
+    Raises:
+        DataError: If the site does not exist or has no usable case.
+    """
+    card, found = list_sites(study, cache)
+    source = next((site for site in found if site.site_id == site_id), None)
+    if source is None:
+        raise DataError(f"the data set has no site {site_id!r}")
+    return prepare_site(study, card, source, cache)
+
+
+def prepare_site(
+    study: Study, card: DatasetCard, source: SourceSite, cache: Path
+) -> SiteData:
+    """Prepare and split the cases of an opened site."""
+    prepared = prepare_cases(
+        source.cases,
+        Preprocessing(**_preprocessing(study)),
+        PreparedCache(cache / "prepared"),
+        budget=study.tolerance.quarantine_budget,
+        site_id=source.site_id,
+    )
+    quarantined = {**source.problems, **prepared.quarantined}
+    _require_cases(source.site_id, prepared.cases, quarantined)
+    by_id = {case.case_id: case for case in prepared.cases}
+    usable = tuple(ref for ref in source.cases if ref.case_id in by_id)
+    refs = split_by_subject(usable, **_split_arguments(study, source.site_id))
+    splits = {name: tuple(by_id[r.case_id] for r in refs[name]) for name in SPLITS}
+    return SiteData(
+        source.site_id,
+        card,
+        source,
+        splits,
+        quarantined,
+        {case.case_id: case.fingerprint for case in prepared.cases},
+    )
+
+
+def _preprocessing(study: Study) -> dict[str, Any]:
+    given = study.preprocess.model_dump()
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _require_cases(
+    site_id: SiteId, cases: Sequence[PreparedCase], quarantined: Mapping[str, str]
+) -> None:
+    if not cases:
+        told = next(iter(quarantined.items()), None)
+        seen = f"; the first: {told[0]}: {told[1]}" if told else ""
+        raise DataError(
+            f"site {site_id} has no usable case ({len(quarantined)} quarantined{seen})"
+        )
+
+
+def _split_arguments(study: Study, site_id: SiteId) -> dict[str, Any]:
+    split = study.split
+    if site_id in split.held_out:
+        fractions = {"test": 1.0}
+    elif split.by == "slices":
+        fractions = {"train": 1.0}
+    else:
+        fractions = {name: getattr(split, name) for name in SPLITS}
+    seed = study.seed if split.seed is None else split.seed
+    arguments = {"fractions": fractions, "seed": seed, "site_id": site_id}
+    if split.file and site_id not in split.held_out:
+        table = read_assignment(expand(split.file), site_id=site_id)
+        arguments["assignment"] = table
+    return arguments
+
+
+@dataclass(frozen=True)
+class SliceView:
+    """A case of which only some slices are known: a part of one volume.
+
+    Everything but the label is the case's own. Slices outside the part are unknown:
+    they enter no loss and no metric.
+    """
+
+    case: PreparedCase
+    first_fraction: float
+    last_fraction: float
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the case's."""
+        return getattr(self.case, name)
+
+    @property
+    def label_IJK(self) -> np.ndarray:
+        """Label on the network's grid."""
+        return self._masked(self.case.label_IJK)
+
+    @property
+    def label_native_IJK(self) -> np.ndarray:
+        """Label on the case's own grid."""
+        return self._masked(self.case.label_native_IJK)
+
+    def _masked(self, label_IJK: np.ndarray) -> np.ndarray:
+        num = label_IJK.shape[2]
+        first = math.floor(self.first_fraction * num + 0.5)
+        last = math.floor(self.last_fraction * num + 0.5)
+        masked = np.full_like(label_IJK, UNKNOWN_LABEL)
+        masked[:, :, first:last] = label_IJK[:, :, first:last]
+        return masked
+
+
+def divided_by_slices(data: SiteData, study: Study) -> SiteData:
+    """Divide every volume into blocks of slices: train, validation, test.
+
+    The same patient is then on all sides: such results describe a scanner and a
+    reader, not new patients. Meant for sites with one subject.
+    """
+    edges, start = {}, 0.0
+    for name in SPLITS:
+        end = start + float(getattr(study.split, name))
+        edges[name] = (start, end)
+        start = end
+    splits = {
+        name: tuple(
+            SliceView(case, first, last)  # type: ignore[misc]
+            for case in data.splits["train"]
+            if last > first
+        )
+        for name, (first, last) in edges.items()
+    }
+    return SiteData(
+        data.site_id,
+        data.card,
+        data.source,
+        splits,
+        data.quarantined,
+        data.fingerprints,
+    )

@@ -1,0 +1,188 @@
+"""The host: one hospital answering messages.
+
+It runs the strategy's site half on private data, keeps private state in versioned
+files, and lets nothing leave that the policy does not allow and the ledger has not
+recorded. The transports call it; it knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmed.errors import SiteError, WireError
+from fedmed.message import Message, SiteFailure, SiteId, State
+from fedmed.payload import Card, Metrics, Payload, to_message
+from fedmed.resolve import load_strategy
+from fedmed.runfolder import RunFolder
+from fedmed.strategy import Outcome, Private, Strategy
+from fedmed.study import expand, study_from_dict
+from sites.context import HospitalContext, Workbench
+from sites.evaluation import evaluate
+from sites.ledger import Ledger
+from sites.policy import Policy, enforce, load_policy
+from sites.private_state import PrivateStore
+from sites.scrub import describe
+
+logger = logging.getLogger(__name__)
+
+
+def open_host(site_id: SiteId, options: Mapping[str, Any]) -> Host:
+    """Open one hospital's host; the factory that transports are given.
+
+    Args:
+        site_id: The site.
+        options: "study" (a mapping), "folder" (the run folder), "cache" and
+            "durable" (write working state through after each message).
+    """
+    study = study_from_dict(options["study"])
+    folder = RunFolder(Path(options["folder"]))
+    policy = (
+        load_policy(expand(study.sites.policy))
+        if study.sites.policy
+        else Policy.permissive()
+    )
+    return Host(
+        Workbench(study, site_id, Path(options["cache"])),
+        load_strategy(study.strategy.name, study.strategy.options),
+        policy,
+        folder,
+        durable=bool(options["durable"]),
+    )
+
+
+class Host:
+    """One hospital.
+
+    Args:
+        bench: Data, network and trainer of the site.
+        strategy: The study's method; its `at_site` methods answer.
+        policy: What may leave.
+        folder: Run folder; the site writes to its own parts only.
+        durable: The process may change between two messages.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        strategy: Strategy,
+        policy: Policy,
+        folder: RunFolder,
+        *,
+        durable: bool,
+    ) -> None:
+        self._bench = bench
+        self._strategy = strategy
+        self._policy = policy
+        self._folder = folder.site_folder(bench.site_id)
+        self._ledger = Ledger(folder.ledger / bench.site_id)
+        self._store = PrivateStore(self._folder / "private", durable=durable)
+
+    def close(self) -> None:
+        """Release files."""
+        self._ledger.close()
+
+    def describe_failure(self, error: BaseException) -> SiteFailure:
+        """Say what went wrong without a path or a patient."""
+        return describe(error)
+
+    def handle(self, message: Message) -> Message:
+        """Answer one message.
+
+        Raises:
+            FedMedError: Anything that a person can mend.
+        """
+        with torch.random.fork_rng(devices=[]):
+            payload = self._answer(message)
+        reply = to_message(payload)
+        reply = enforce(self._policy, reply, context=self._policy_context(message))
+        self._ledger.append(
+            action=message.kind,
+            server_round=int(message.header.get("round", 0)),
+            reply=reply,
+        )
+        return reply
+
+    def _policy_context(self, message: Message) -> Mapping[str, Any]:
+        return {
+            "site_id": self._bench.site_id,
+            "round": int(message.header.get("round", 0)),
+        }
+
+    def _answer(self, message: Message) -> Payload:
+        if message.kind == "join":
+            return self._join(message)
+        if message.kind == "end_round":
+            return self._end_round(message)
+        return self._act(message)
+
+    def _join(self, message: Message) -> Card:
+        """Present the site; roll private state back to the server's round."""
+        self._store.discard_after(int(message.header.get("round", 0)))
+        data = self._bench.data
+        values = self._bench.card()
+        return Card(num_examples=self._bench.num_examples, values=values | {
+            "quarantined": dict(data.quarantined),
+        })
+
+    def _act(self, message: Message) -> Payload:
+        action = self._action(message.kind)
+        number = int(message.header["round"])
+        private = self._private(message)
+        context = HospitalContext(self._bench, private, number)
+        outcome = action(context, **arguments(message))
+        if outcome.private is not None:
+            private = outcome.private
+        self._store.stage(str(message.header["token"]), private)
+        return outcome.payload
+
+    def _action(self, name: str) -> Callable[..., Outcome]:
+        method = getattr(self._strategy, name, None)
+        if method is None or not getattr(method, "_fedmed_at_site", False):
+            raise WireError(
+                f"strategy {type(self._strategy).__name__} has no site action {name!r}"
+            )
+        return method  # type: ignore[no-any-return]
+
+    def _private(self, message: Message) -> Private:
+        """The private value after the last answer that the server acknowledged."""
+        after = str(message.header.get("after", ""))
+        if not after:
+            return self._store.committed(int(message.header["round"]) - 1)
+        staged = self._store.staged(after)
+        if staged is None:
+            raise SiteError(
+                f"site {self._bench.site_id} was restarted in round "
+                f"{message.header['round']} and lost what it had not filed yet"
+            )
+        return staged
+
+    def _end_round(self, message: Message) -> Metrics:
+        number = int(message.header["round"])
+        private = self._private(message)
+        if message.header.get("after", ""):
+            self._store.commit(number, private)
+        content = arguments(message)
+        rows = evaluate(
+            self._bench,
+            private,
+            weights=content["weights"],
+            splits=tuple(content["splits"]),
+            overlays=self._folder / "overlays" if content["overlays"] else None,
+        )
+        return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
+
+
+def arguments(message: Message) -> dict[str, Any]:
+    """Rebuild the named arguments of a server's message."""
+    content: dict[str, Any] = dict(message.header.get("values", {}))
+    states: dict[str, State] = {name: {} for name in message.header.get("states", ())}
+    for path, tensor in message.tensors.items():
+        name, _, entry = path.partition("/")
+        states[name][entry] = tensor
+    return {**content, **states}
+
