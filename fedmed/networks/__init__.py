@@ -1,0 +1,1 @@
+"""Networks with named parts, whose normalisation can be switched, also per site."""

@@ -1,0 +1,276 @@
+r"""Sums over sites that do not depend on who answered first.
+
+A sum of floating-point numbers depends on its grouping. Here the grouping is fixed: a
+pairwise tree over the sorted sites, in float64. Level by level neighbours are added,
+((0 + 1) + (2 + 3)) + ((4 + 5) + 6), so that an aligned block of $2^n$ sites is a whole
+subtree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedmed.errors import SiteError, StateMismatchError
+from fedmed.message import SiteId, State
+from fedmed.partition import Entry, shorten
+
+CHUNK = 1 << 16
+"""Values added at a time."""
+
+
+def tree_sum(values: Sequence[State], weights: Sequence[float | int]) -> State:
+    r"""Add states, $\sum_s w_s x_s$, along a tree of fixed shape.
+
+    Args:
+        values: One state per site, in sorted order of the sites.
+        weights: One finite factor per state; they need not add up to 1.
+
+    Returns:
+        Names and dtypes of the states; floating point added in float64 and cast back.
+        Integers are never added: the largest of all, whatever the weights.
+
+    Raises:
+        StateMismatchError: If names, shapes or dtypes differ between the states.
+
+    Example:
+        >>> ones = {"a": torch.ones(2)}
+        >>> tree_sum([ones, ones, ones], [1.0, 2.0, 0.5])
+        {'a': tensor([3.5000, 3.5000])}
+    """
+    assert len(values) == len(weights)
+    assert values
+    _check_alike({str(position): value for position, value in enumerate(values)})
+    return {
+        name: _combine([value[name] for value in values], weights) for name in values[0]
+    }
+
+
+def weighted_mean(
+    states: Mapping[SiteId, State], weights: Mapping[SiteId, float | int]
+) -> State:
+    r"""Average states over sites, $\sum_s w_s x_s / \sum_s w_s$.
+
+    A site of weight 0 does not take part: the result is, bit for bit, that of leaving
+    it out.
+
+    Args:
+        states: One state per site; the mapping's order does not matter.
+        weights: One weight per site, e.g. its number of examples.
+
+    Returns:
+        As `tree_sum`; integers are the largest over the sites that take part.
+
+    Raises:
+        SiteError: If a weight is negative or not finite, if all are zero, or if
+            weights and states are of different sites.
+        StateMismatchError: If names, shapes or dtypes differ between sites.
+
+    Source:
+        McMahan et al., Communication-Efficient Learning of Deep Networks from
+        Decentralized Data, AISTATS 2017, arXiv:1602.05629, algorithm 1.
+    """
+    shares = normalised_weights(states, weights)
+    return tree_sum([states[site] for site in shares], list(shares.values()))
+
+
+def merge_norm_statistics(
+    states: Mapping[SiteId, State],
+    weights: Mapping[SiteId, float | int],
+    entries: Iterable[Entry],
+) -> State:
+    r"""Merge running statistics by the law of total variance.
+
+    $\mu = \sum_s w_s \mu_s$ and
+    $\sigma^2 = \sum_s w_s (\sigma_s^2 + (\mu_s - \mu)^2)$ with $\sum_s w_s = 1$:
+    unlike the mean of the variances it holds what differs between the sites.
+
+    Args:
+        states: One state per site; other tensors in it are passed over.
+        weights: One weight per site.
+        entries: What the state consists of.
+
+    Returns:
+        The normalisation statistics, and the largest of each counter.
+
+    Raises:
+        SiteError: As `weighted_mean`.
+        StateMismatchError: As `weighted_mean`, or a variance came without its mean.
+
+    Differs from the source:
+        Torch's running variance is the unbiased one of each batch; it is taken as it
+        is.
+    """
+    roles = {entry.name: entry.role for entry in entries}
+    shares = normalised_weights(states, weights)
+    first = states[next(iter(shares))]
+    names = [n for n in first if roles.get(n) in ("norm_statistic", "counter")]
+    parts = [
+        {n: t for n, t in states[site].items() if n in set(names)} for site in shares
+    ]
+    merged = tree_sum(parts, list(shares.values()))
+    # running_mean and running_var are the names torch's own layers give to them.
+    for name in (n for n in names if roles[n] == "norm_statistic"):
+        module, _, statistic = name.rpartition(".")
+        if statistic != "running_var":
+            continue
+        mean_name = f"{module}.running_mean" if module else "running_mean"
+        if mean_name not in merged:
+            raise StateMismatchError(f"{name} came without {mean_name}")
+        merged[name] = _total_variance(
+            [part[mean_name] for part in parts],
+            [part[name] for part in parts],
+            list(shares.values()),
+        )
+    return {name: merged[name] for name in names}
+
+
+def merge_states(
+    states: Mapping[SiteId, State],
+    weights: Mapping[SiteId, float | int],
+    entries: Iterable[Entry],
+) -> State:
+    """Merge the sites' states, each tensor by its role.
+
+    Weights and affine parts are averaged, normalisation statistics merged by the law
+    of total variance, counters are the largest.
+
+    Args:
+        states: One state per site: the whole state or the shared part of it.
+        weights: One weight per site.
+        entries: What the whole state consists of; names the states lack do not
+            matter.
+
+    Returns:
+        A state with the names, order and dtypes of the first site's.
+
+    Raises:
+        SiteError: As `weighted_mean`.
+        StateMismatchError: As `weighted_mean`, or if a state holds a name that
+            `entries` does not know.
+    """
+    entries = tuple(entries)
+    known = {entry.name for entry in entries}
+    averaged = {e.name for e in entries if e.role in ("weight", "norm_affine")}
+    for site in sorted(states):
+        unknown = [name for name in states[site] if name not in known]
+        if unknown:
+            raise StateMismatchError(
+                f"site {site!r} sent names the model does not have: {shorten(unknown)}"
+            )
+    means = weighted_mean(
+        {s: {n: t for n, t in x.items() if n in averaged} for s, x in states.items()},
+        weights,
+    )
+    merged = means | merge_norm_statistics(states, weights, entries)
+    return {name: merged[name] for name in states[min(states)]}
+
+
+def normalised_weights(
+    states: Mapping[SiteId, State], weights: Mapping[SiteId, float | int]
+) -> dict[SiteId, float]:
+    """Check weights and states and scale the weights to a sum of 1.
+
+    Returns:
+        The positive weights in sorted order of the sites.
+
+    Raises:
+        SiteError: As `weighted_mean`.
+        StateMismatchError: As `weighted_mean`.
+
+    Example:
+        >>> normalised_weights({"b": {}, "a": {}, "c": {}}, {"a": 3, "b": 1, "c": 0})
+        {'a': 0.75, 'b': 0.25}
+    """
+    if set(states) != set(weights):
+        odd = sorted(set(states) ^ set(weights))
+        raise SiteError(f"weights and states are of different sites: {', '.join(odd)}")
+    for site in sorted(weights):
+        if not (math.isfinite(weights[site]) and weights[site] >= 0):
+            raise SiteError(
+                f"site {site!r} has weight {weights[site]}; expected a finite number "
+                "of at least 0",
+                hint="a weight is usually the number of examples",
+            )
+    total = math.fsum(weights[site] for site in sorted(weights))
+    if total == 0:
+        raise SiteError(
+            f"no weight is positive among {len(weights)} sites",
+            hint="keep the previous model: there is nothing to average",
+        )
+    _check_alike(states)
+    return {s: weights[s] / total for s in sorted(weights) if weights[s] > 0}
+
+
+def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
+    first = tensors[0]
+    if not first.dtype.is_floating_point:
+        largest = first
+        for tensor in tensors[1:]:
+            largest = torch.maximum(largest, tensor)
+        return largest.clone()
+    if first.numel() <= CHUNK or not all(t.is_contiguous() for t in tensors):
+        return _tree(tensors, weights).to(first.dtype)
+    # Same numbers, several times faster: float64 sums that fit a processor's cache.
+    result = torch.empty_like(first)
+    chunks = zip(*(_pieces(t) for t in tensors), strict=True)
+    for target, pieces in zip(_pieces(result), chunks, strict=True):
+        target.copy_(_tree(pieces, weights))
+    return result
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.detach().view(-1)
+    return (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
+
+
+def _tree(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
+    # A binary counter: only log2(sites) partial sums are alive at a time.
+    pending: list[tuple[int, Tensor]] = []
+    for tensor, weight in zip(tensors, weights, strict=True):
+        pending.append((0, tensor.detach().to(torch.float64) * weight))
+        while len(pending) > 1 and pending[-1][0] == pending[-2][0]:
+            level, right = pending.pop()
+            _, left = pending.pop()
+            pending.append((level + 1, left.add_(right)))
+    total = pending.pop()[1]
+    while pending:
+        total = pending.pop()[1].add_(total)
+    return total
+
+
+def _total_variance(
+    means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]
+) -> Tensor:
+    mean = _tree(means, shares)
+    spread = [
+        v.to(torch.float64) + (m.to(torch.float64) - mean).square()
+        for m, v in zip(means, variances, strict=True)
+    ]
+    return _tree(spread, shares).to(variances[0].dtype)
+
+
+def _check_alike(states: Mapping[str, State]) -> None:
+    sites = sorted(states)
+    first = states[sites[0]]
+    for site in sites[1:]:
+        other = states[site]
+        problems = [f"missing {n}" for n in first if n not in other]
+        problems += [f"unknown {n}" for n in other if n not in first]
+        problems += [
+            f"{n} is {_looks(other[n])}, expected {_looks(first[n])}"
+            for n in first
+            if n in other and _looks(other[n]) != _looks(first[n])
+        ]
+        if problems:
+            raise StateMismatchError(
+                f"state of {site!r} differs from that of {sites[0]!r}: "
+                f"{shorten(problems)}"
+            )
+
+
+def _looks(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

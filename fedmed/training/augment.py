@@ -1,0 +1,190 @@
+"""Random changes of one training example, each a function of a seed.
+
+Everything is off by default. Flips, rotation and zoom move image and label together
+(the label by its nearest voxel); gamma, brightness and noise change the image alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedmed.case import UNKNOWN_LABEL
+from fedmed.errors import ConfigError
+from fedmed.seeds import numpy_rng, torch_rng
+
+AXES = "IJK"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far an example may be changed; 0 and "" are off.
+
+    Attributes:
+        flip_axes: Axes each mirrored with probability 1/2, e.g. "I" or "IJ". The left
+            and the right hand are along I.
+        rotate_deg: Largest angle either way in the plane of I and J, degrees.
+        scale: Largest zoom either way: 0.1 magnifies by 1/1.1 to 1.1, log-uniform.
+        gamma: Largest exponent either way: 0.3 raises each channel, scaled to
+            [0, 1], to a power of 1/1.3 to 1.3, log-uniform, and scales it back.
+        brightness: Largest value added either way, in units of the image.
+        noise_std: Largest standard deviation of white noise, in units of the image.
+
+    Raises:
+        ConfigError: If a number is negative or not finite, or an axis is unknown.
+    """
+
+    flip_axes: str = ""
+    rotate_deg: float = 0.0
+    scale: float = 0.0
+    gamma: float = 0.0
+    brightness: float = 0.0
+    noise_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("rotate_deg", "scale", "gamma", "brightness", "noise_std"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(
+                    f"augmentation {name} is {value}; expected a number of at least 0"
+                )
+        if not set(self.flip_axes) <= set(AXES):
+            raise ConfigError(
+                f"augmentation flip_axes is {self.flip_axes!r}; expected some of 'IJK'"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Augmentation:
+        """Read the options of a study.
+
+        Raises:
+            ConfigError: Unknown option; the hint names the nearest known.
+        """
+        known = [field.name for field in fields(cls)]
+        for option in options:
+            if option not in known:
+                near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    f"augmentation has no option {option!r}",
+                    hint=f"nearest is {near!r}; known are {', '.join(known)}",
+                )
+        return cls(**options)
+
+
+def augment(
+    image: Tensor, label: Tensor, augmentation: Augmentation, *, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Change one example.
+
+    Each change draws from a generator of its own, so that switching one on leaves the
+    others' draws as they were.
+
+    Args:
+        image: float32 (C, I, J) or (C, I, J, K).
+        label: uint8 (I, J) or (I, J, K).
+        augmentation: How far.
+        seed: Of this example.
+
+    Returns:
+        New image and label of equal shapes and dtypes. What comes from outside has the
+        image's border value and the label `UNKNOWN_LABEL`.
+    """
+    image, label = _flip(image, label, augmentation, seed)
+    image, label = _rotate_and_scale(image, label, augmentation, seed)
+    image = _gamma(image, augmentation, seed)
+    if augmentation.brightness:
+        limit = augmentation.brightness
+        image = image + float(numpy_rng(seed, "brightness").uniform(-limit, limit))
+    if augmentation.noise_std:
+        std = float(numpy_rng(seed, "noise_std").uniform(0, augmentation.noise_std))
+        noise = torch.randn(image.shape, generator=torch_rng(seed, "noise"))
+        image = image + std * noise.to(image.dtype)
+    return image, label
+
+
+def _flip(
+    image: Tensor, label: Tensor, augmentation: Augmentation, seed: int
+) -> tuple[Tensor, Tensor]:
+    mirrored = numpy_rng(seed, "flip").random(len(AXES)) < 0.5
+    axes = [
+        axis
+        for axis in range(label.ndim)
+        if AXES[axis] in augmentation.flip_axes and mirrored[axis]
+    ]
+    if not axes:
+        return image, label
+    return image.flip([axis + 1 for axis in axes]), label.flip(axes)
+
+
+def _rotate_and_scale(
+    image: Tensor, label: Tensor, augmentation: Augmentation, seed: int
+) -> tuple[Tensor, Tensor]:
+    if not (augmentation.rotate_deg or augmentation.scale):
+        return image, label
+    limit = math.radians(augmentation.rotate_deg)
+    angle_rad = float(numpy_rng(seed, "rotate").uniform(-limit, limit))
+    limit = math.log1p(augmentation.scale)
+    zoom = math.exp(float(numpy_rng(seed, "scale").uniform(-limit, limit)))
+    return transform(image, label, angle_rad=angle_rad, zoom=zoom)
+
+
+def transform(
+    image: Tensor, label: Tensor, *, angle_rad: float, zoom: float
+) -> tuple[Tensor, Tensor]:
+    """Turn an example in the plane of I and J and magnify it, around its centre.
+
+    Args:
+        image: float (C, I, J) or (C, I, J, K), interpolated linearly.
+        label: uint8 (I, J) or (I, J, K), nearest voxel.
+        angle_rad: From I towards J. Voxels must be square in that plane.
+        zoom: Above 1 magnifies, along all axes.
+
+    Returns:
+        New image and label.
+    """
+    grid = _sampling_grid(label.shape, angle_rad=angle_rad, zoom=zoom)[None]
+    moved = functional.grid_sample(
+        image[None], grid, mode="bilinear", padding_mode="border", align_corners=True
+    )[0]
+    # One is added so that the zeros from outside differ from class 0.
+    shifted = functional.grid_sample(
+        label[None, None].to(grid.dtype) + 1,
+        grid,
+        mode="nearest",
+        padding_mode="zeros",
+        align_corners=True,
+    )[0, 0]
+    classes = torch.where(shifted == 0, float(UNKNOWN_LABEL), shifted - 1)
+    return moved, classes.to(label.dtype)
+
+
+def _sampling_grid(shape: torch.Size, *, angle_rad: float, zoom: float) -> Tensor:
+    # Where each voxel of the result is looked up, in voxels from the centre, then in
+    # torch's units: -1 is the first voxel's centre, 1 the last one's, last axis first.
+    centred = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in shape]
+    axes = list(torch.meshgrid(*centred, indexing="ij"))
+    cos, sin = math.cos(angle_rad) / zoom, math.sin(angle_rad) / zoom
+    i, j = axes[0], axes[1]
+    axes[0], axes[1] = cos * i + sin * j, cos * j - sin * i
+    axes[2:] = [k / zoom for k in axes[2:]]
+    units = [a / max((n - 1) / 2, 0.5) for a, n in zip(axes, shape, strict=True)]
+    return torch.stack(units[::-1], dim=-1)
+
+
+def _gamma(image: Tensor, augmentation: Augmentation, seed: int) -> Tensor:
+    if not augmentation.gamma:
+        return image
+    limit = math.log1p(augmentation.gamma)
+    exponent = math.exp(float(numpy_rng(seed, "gamma").uniform(-limit, limit)))
+    channels = image.flatten(1)
+    shape = (-1,) + (1,) * (image.ndim - 1)
+    low = channels.amin(dim=1).reshape(shape)
+    extent = (channels.amax(dim=1).reshape(shape) - low).clamp_min(1e-12)
+    return ((image - low) / extent).clamp(0, 1) ** exponent * extent + low
