@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedmed import seeds
-from fedmed.checkpoint import Checkpoints
-from fedmed.errors import FedMedError, QuorumError, WireError
+from fedmed.checkpoint import Checkpoint, Checkpoints
+from fedmed.errors import FedMedError, QuorumError, ResumeError
 from fedmed.gate import Expectation, screen
-from fedmed.message import Answer, Message, SiteFailure, SiteId, State
+from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.payload import Metrics, Payload, expect, from_message
 from fedmed.runfolder import RunFolder
 from fedmed.strategy import (
@@ -125,9 +125,7 @@ class Engine:
         *,
         is_best: bool = False,
     ) -> None:
-        states = {"shared": server.shared} | {
-            f"memory/{name}": state for name, state in server.memory.items()
-        }
+        states = {"shared": server.shared, "memory": server.memory}
         checkpoints.save(
             server.round, states, {"best": best}, score=best if is_best else None
         )
@@ -342,23 +340,17 @@ def failures(answers: Mapping[SiteId, Answer]) -> dict[SiteId, str]:
     }
 
 
-def restored(server: Server, states: Mapping[str, State], number: int) -> Server:
+def restored(server: Server, checkpoint: Checkpoint) -> Server:
     """Put a checkpoint's states into a freshly made server.
 
     Raises:
-        WireError: Never in a healthy folder; the names do not fit otherwise.
+        ResumeError: If the checkpoint holds another network than the study.
     """
-    memory = {
-        name.partition("/")[2]: dict(state)
-        for name, state in states.items()
-        if name.startswith("memory/")
-    }
-    shared = dict(states.get("shared", {}))
+    shared = checkpoint.states.get("shared", {})
     if set(shared) != set(server.shared):
-        raise WireError("the checkpoint holds another network than the study")
-    return replace(
-        server, shared=shared, memory={**server.memory, **memory}, round=number
-    )
+        raise ResumeError("the checkpoint holds another network than the study")
+    memory = {**server.memory, **checkpoint.states.get("memory", {})}
+    return replace(server, shared=shared, memory=memory, round=checkpoint.round)
 
 
 def raise_first(answers: Mapping[SiteId, Answer], doing: str) -> None:

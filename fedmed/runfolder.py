@@ -115,6 +115,12 @@ class RunFolder:
         text = json.dumps(finite(content), indent=1, sort_keys=True)
         write_atomic(self.summary_file, text.encode())
 
+    def read_summary(self) -> dict[str, Any]:
+        """Read the final metrics; empty if the run has not finished."""
+        if not self.summary_file.exists():
+            return {}
+        return dict(json.loads(self.summary_file.read_text()))
+
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Append one round's record."""
         _append(self.rounds_file, json.dumps(finite(record)) + "\n")

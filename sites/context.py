@@ -19,6 +19,7 @@ from fedmed.resolve import load_strategy
 from fedmed.strategy import POOLED_SITE, Private, Strategy
 from fedmed.study import Study
 from fedmed.task import Task, build_model, build_trainer, resolve_device
+from fedmed.training.augment import Augmentation
 from fedmed.training.examples import Batch, ExampleIndex
 from fedmed.training.trainer import Trainer
 from sites.data import SiteData, divided_by_slices, list_sites, open_site, prepare_site
@@ -98,10 +99,15 @@ class Workbench:
         """The site's trainer."""
         return build_trainer(self.study, self.site_id)
 
+    @property
+    def training(self) -> tuple[SiteData, ...]:
+        """The hospitals behind this bench that have training cases."""
+        return tuple(data for data in self.pool if data.splits["train"])
+
     @functools.cached_property
     def indices(self) -> tuple[ExampleIndex, ...]:
-        """Training examples of every hospital behind this bench."""
-        return tuple(self._index(data) for data in self.pool)
+        """Training examples of every hospital behind this bench that has some."""
+        return tuple(self._index(data) for data in self.training)
 
     def _index(self, data: SiteData) -> ExampleIndex:
         model = self.study.model
@@ -110,7 +116,7 @@ class Workbench:
             model.mode,
             num_slices=model.slices,
             patch_size=model.patch_size,
-            augmentation=self.study.train.augmentation,
+            augmentation=Augmentation(**self.study.train.augmentation),
         )
 
     @property
@@ -124,7 +130,7 @@ class Workbench:
         train = self.study.train
         if train.local_steps is not None:
             return train.local_steps
-        largest = max(len(index) for index in self.indices)
+        largest = max((len(index) for index in self.indices), default=0)
         return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
 
     def batch(self, number: int, step: int) -> Batch:
@@ -135,7 +141,7 @@ class Workbench:
                 step,
                 self.study.train.batch_size,
             )
-            for index, data in zip(self.indices, self.pool, strict=True)
+            for index, data in zip(self.indices, self.training, strict=True)
         ]
         if len(drawn) == 1:
             return drawn[0]
@@ -143,21 +149,6 @@ class Workbench:
             torch.cat([batch.images for batch in drawn]),
             torch.cat([batch.labels for batch in drawn]),
         )
-
-    def unlabelled_batches(self) -> Iterator[torch.Tensor]:
-        """All of the site's images in order, for calibration without labels."""
-        batch_size = self.study.evaluate.batch_size
-        for split in sorted(self.data.splits):
-            section = self.study.model
-            index = ExampleIndex(
-                self.data.splits[split],
-                section.mode,
-                num_slices=section.slices,
-                patch_size=section.patch_size,
-                include_unlabelled=True,
-            )
-            for first in range(0, len(index), batch_size):
-                yield index.images(range(first, min(first + batch_size, len(index))))
 
     def load(self, shared: State, private: Private) -> nn.Module:
         """Put shared and kept entries into the live network."""

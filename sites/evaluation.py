@@ -123,7 +123,7 @@ def _score(
         }
         for score in scores
     ]
-    return rows, {"case": case, "prediction": prediction, "label": label}
+    return rows, {"case": case, "prediction": probabilities.argmax(axis=0)}
 
 
 def _classified(case: PreparedCase, probabilities: np.ndarray) -> Row:
@@ -169,16 +169,17 @@ def write_overlays(
 def _write_overlay(
     folder: Path, rank: str, dice: float, material: Mapping[str, Any]
 ) -> None:
-    case, label = material["case"], material["label"]
+    """Draw the slice with most of the truth, on the network's grid."""
+    case, label = material["case"], material["case"].label_IJK
     truth = np.where(label == UNKNOWN_LABEL, 0, label)
     drawn = np.count_nonzero(truth, axis=(0, 1))
     index = int(np.argmax(drawn))
-    image = np.asarray(case.image_native_CIJK[..., index], dtype=np.float32)
+    image = np.asarray(case.image_CIJK[..., index], dtype=np.float32)
     facts = {
         "dice": dice,
         "rank": rank,
         "slice": index,
-        "spacing_mm": [float(v) for v in case.spacing_native_mm],
+        "spacing_mm": [float(v) for v in case.spacing_mm],
         "case_id": case.case_id,
     }
     np.savez_compressed(

@@ -1,0 +1,339 @@
+"""Running a study: open everything by name, drive the engine, write the results."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmed import __version__
+from fedmed.checkpoint import Checkpoints
+from fedmed.engine import Engine, Observer, restored
+from fedmed.errors import ConfigError, ResumeError
+from fedmed.join import Joined, join
+from fedmed.message import SiteId
+from fedmed.partition import StatePartition
+from fedmed.resolve import load_strategy, require_own_packages
+from fedmed.runfolder import (
+    CLASSIFICATION_COLUMNS,
+    SEGMENTATION_COLUMNS,
+    RunFolder,
+)
+from fedmed.storage import RunLock, write_state
+from fedmed.strategy import POOLED_SITE, Server, Strategy
+from fedmed.study import Study, study_from_dict
+from fedmed.summary import score_rows, summarise
+from fedmed.task import Task, build_model, build_optimizer
+from fedmed.transports.transport import HostSpec, Transport
+
+logger = logging.getLogger(__name__)
+
+HOST_FACTORY = "sites.host:open_host"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with.
+
+    Attributes:
+        folder: The run folder.
+        summary: Content of summary.json; empty if the run was stopped early.
+        finished: False if it was stopped between rounds and can be resumed.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = True
+
+
+class Silence:
+    """An observer that shows nothing."""
+
+    def round_started(self, number: int) -> None:
+        """Show nothing."""
+
+    def exchanged(self, number: int, exchange: int, losses: Mapping[str, float]) -> None:
+        """Show nothing."""
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """Show nothing."""
+
+
+def cache_folder(study: Study) -> Path:
+    """Where prepared cases and generated phantoms lie, for all runs of a machine."""
+    named = study.cache or os.environ.get("FEDMED_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fedmed"
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Run a study into a folder, or go on with one that was interrupted.
+
+    Args:
+        study: The study.
+        out: The run folder.
+        resume: Go on where the folder's last checkpoint stands.
+        observer: Sees progress.
+        should_stop: Asked between rounds.
+
+    Raises:
+        ResumeError: If the folder holds a run and `resume` is False, or holds a run
+            of another study.
+        RunLockedError: If another process works in the folder.
+    """
+    require_own_packages()
+    load_strategy(study.strategy.name, study.strategy.options)
+    folder = RunFolder(out)
+    _check_folder(folder, study, resume=resume)
+    folder.create()
+    with RunLock(folder.path):
+        if study.transport.name in {"flower", "deployment"}:
+            return _run_with_flower(study, folder)
+        with make_transport(study) as transport:
+            return drive(
+                transport,
+                study,
+                folder,
+                observer=observer or Silence(),
+                should_stop=should_stop,
+            )
+
+
+def make_transport(study: Study) -> Transport:
+    """Make the transport that a study names.
+
+    Raises:
+        ConfigError: If an option is unknown.
+    """
+    options = study.transport.options
+    if study.transport.name == "inprocess":
+        from fedmed.transports.inprocess import InProcessTransport
+
+        kind: Callable[..., Transport] = InProcessTransport
+    else:
+        from fedmed.transports.ray import RayTransport
+
+        kind = RayTransport
+    try:
+        return kind(**options)
+    except TypeError:
+        raise ConfigError(
+            f"transport {study.transport.name!r} does not know all of these options: "
+            + ", ".join(options)
+        ) from None
+
+
+def _run_with_flower(study: Study, folder: RunFolder) -> RunResult:
+    import json
+
+    from fedmed.transports import flower
+
+    study_file = folder.path / "study.json"
+    study_file.write_text(json.dumps(study.to_dict()))
+    run = (
+        flower.run_simulation
+        if study.transport.name == "flower"
+        else flower.run_deployment
+    )
+    run(folder.path, host_spec(study, folder), transport_sites(study))
+    summary = folder.read_summary()
+    return RunResult(folder.path, summary, bool(summary))
+
+
+def host_spec(study: Study, folder: RunFolder) -> HostSpec:
+    """How any process opens a host of this study."""
+    options = {
+        "study": study.to_dict(),
+        "folder": str(folder.path.resolve()),
+        "cache": str(cache_folder(study).resolve()),
+    }
+    return HostSpec(HOST_FACTORY, options, threads=study.train.threads)
+
+
+def transport_sites(study: Study) -> tuple[SiteId, ...]:
+    """Every host of the study: the real sites, and the pooled one if needed.
+
+    Raises:
+        ConfigError: If pooling is asked for in a deployment, or a name is taken.
+    """
+    data = importlib.import_module("sites.data")
+    _, found = data.list_sites(study, cache_folder(study))
+    names = tuple(sorted(site.site_id for site in found))
+    if POOLED_SITE in names:
+        raise ConfigError(f"a site may not be called {POOLED_SITE!r}")
+    strategy = load_strategy(study.strategy.name, study.strategy.options)
+    if not strategy.pools_data:
+        return names
+    if study.transport.name == "deployment":
+        raise ConfigError(
+            f"strategy {study.strategy.name!r} pools the data of all sites, which no "
+            "deployment can do",
+            hint="Choose a federated strategy, or another transport.",
+        )
+    return tuple(sorted((*names, POOLED_SITE)))
+
+
+def drive(
+    transport: Transport,
+    study: Study,
+    folder: RunFolder,
+    *,
+    observer: Observer,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Run a study over a transport that is not open yet.
+
+    Args:
+        transport: Any transport.
+        study: The study.
+        folder: The run folder, created and locked.
+        observer: Sees progress.
+        should_stop: Asked between rounds.
+    """
+    site_ids = transport_sites(study)
+    checkpoint, _ = Checkpoints(folder.checkpoints).load_newest()
+    at_round = checkpoint.round if checkpoint else 0
+    transport.open(host_spec(study, folder), site_ids)
+    joined = join(transport, study, site_ids, at_round)
+    strategy = load_strategy(study.strategy.name, study.strategy.options)
+    server = strategy.initial(fresh_server(study, joined.task, strategy))
+    best = None
+    if checkpoint is not None:
+        server, best = restored(server, checkpoint), checkpoint.facts.get("best")
+    folder.write_lock(lock_content(study, strategy, joined))
+    folder.cut_back(at_round)
+    engine = Engine(
+        study=study,
+        strategy=strategy,
+        transport=transport,
+        folder=folder,
+        members=joined.members,
+        evaluated=joined.evaluated,
+        observer=observer,
+        columns=columns_of(joined.task),
+        score=functools.partial(score_rows, joined.task.kind),
+        should_stop=should_stop,
+    )
+    server, finished = engine.run(server, best)
+    if not finished:
+        return RunResult(folder.path, finished=False)
+    return _finish(study, joined, folder, server)
+
+
+def fresh_server(study: Study, task: Task, strategy: Strategy) -> Server:
+    """The server before round 1: initial weights, no memory."""
+    model = build_model(study, task, strategy)
+    partition = StatePartition.of(model, strategy.keeps)
+    state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    shared, _ = partition.split(state)
+    return Server(
+        shared=shared,
+        memory={},
+        entries=partition.entries,
+        partition=partition,
+        optimizer=build_optimizer(study),
+        clip_norm=study.train.clip_norm,
+    )
+
+
+def columns_of(task: Task) -> tuple[str, ...]:
+    """Columns of cases.csv for a task."""
+    if task.kind == "classification":
+        return CLASSIFICATION_COLUMNS
+    return SEGMENTATION_COLUMNS
+
+
+def lock_content(study: Study, strategy: Strategy, joined: Joined) -> dict[str, Any]:
+    """The complete resolved study, as written to study.lock.yaml."""
+    content = study.to_dict()
+    content["strategy"] = {**content["strategy"], "sync": strategy.sync}
+    return content | {
+        "held_out": list(study.split.held_out),
+        "task": {"kind": joined.task.kind, "classes": list(joined.task.class_names)},
+        "data": {site: dict(facts) for site, facts in joined.data.items()},
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that may change numbers."""
+    names = ("torch", "numpy", "scipy", "flwr", "ray")
+    return {
+        "fedmed": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _finish(
+    study: Study, joined: Joined, folder: RunFolder, server: Server
+) -> RunResult:
+    write_state(folder.model_file, server.shared, {"study": study.name})
+    summary = {
+        "strategy": study.strategy.name,
+        "seed": study.seed,
+        "rounds": server.round,
+        **summarise(folder.cases_file, joined.task.kind, rounds=server.round),
+    }
+    folder.write_summary(summary)
+    return RunResult(folder.path, summary)
+
+
+def _check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
+    if not folder.lock_file.exists():
+        return
+    if not resume:
+        raise ResumeError(
+            f"{folder.path} already holds a run",
+            hint="Go on with it with --resume, or choose another folder with --out.",
+        )
+    before = study_of_lock(folder.read_lock()).to_dict()
+    changed = differences(before, study.to_dict())
+    if changed:
+        raise ResumeError(
+            f"{folder.path.name} holds a run of another study: " + "; ".join(changed[:5]),
+            hint="Resume with the same study file and overrides, or choose --out.",
+        )
+
+
+def study_of_lock(lock: Mapping[str, Any]) -> Study:
+    """Read the study back from study.lock.yaml."""
+    known = {name: lock[name] for name in Study.model_fields if name in lock}
+    return study_from_dict(known, where="study.lock.yaml")
+
+
+_FREE_TO_CHANGE = ("transport", "tolerance.timeout_s", "tolerance.retries", "cache")
+"""Keys that do not change numbers; a run may be resumed with others."""
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """List the keys in which two studies differ, as "key: old -> new"."""
+    found: list[str] = []
+    for key in sorted({*before, *after}):
+        path = f"{prefix}{key}"
+        if path in _FREE_TO_CHANGE or path == "strategy.sync":
+            continue
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{path}.")
+        elif old != new:
+            found.append(f"{path}: {old!r} -> {new!r}")
+    return found

@@ -1,0 +1,115 @@
+"""The final numbers of a run: per site, overall, worst site."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+
+_DISTANCES = ("assd_mm", "hd95_mm")
+
+
+def score_rows(kind: str, rows: Sequence[Row]) -> float:
+    """One number for model selection: mean Dice over cases, or balanced accuracy."""
+    if kind == "classification":
+        return _balanced_accuracy(rows)
+    values = list(_case_means(rows, "dice").values())
+    return float(np.mean(values)) if values else float("nan")
+
+
+def summarise(cases_file: Path, kind: str, *, rounds: int) -> dict[str, Any]:
+    """Summarise the last round's test rows; without any, its validation rows.
+
+    Returns:
+        "split", "sites" (one mapping each), "overall" (unweighted mean over sites) and
+        "worst_site".
+    """
+    rows = _last_rows(cases_file, rounds)
+    tested = [row for row in rows if row["split"] == "test"]
+    split = "test" if tested else "validation"
+    chosen = tested or [row for row in rows if row["split"] == "validation"]
+    by_site: dict[str, list[Row]] = defaultdict(list)
+    for row in chosen:
+        by_site[row["site"]].append(row)
+    describe = _classified if kind == "classification" else _segmented
+    sites = {site: describe(by_site[site]) for site in sorted(by_site)}
+    main = "balanced_accuracy" if kind == "classification" else "dice"
+    known = {s: v for s, v in sites.items() if np.isfinite(v[main])}
+    return {
+        "split": split,
+        "metric": main,
+        "sites": sites,
+        "overall": _overall(known),
+        "worst_site": min(known, key=lambda s: known[s][main]) if known else None,
+    }
+
+
+def _overall(sites: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    names = {name for values in sites.values() for name in values}
+    return {
+        name: float(np.mean([values[name] for values in sites.values()]))
+        for name in sorted(names - {"num_cases"})
+    }
+
+
+def _last_rows(cases_file: Path, rounds: int) -> list[Row]:
+    if not cases_file.exists():
+        return []
+    with cases_file.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if int(row["round"]) == rounds]
+
+
+def _case_means(rows: Sequence[Row], name: str) -> dict[str, float]:
+    """Mean over the classes that a case holds; a missed class counts, as 0 Dice."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row[name] not in {"", None} and np.isfinite(float(row[name])):
+            values[row["case_id"]].append(float(row[name]))
+    return {case: float(np.mean(found)) for case, found in values.items()}
+
+
+def _segmented(rows: Sequence[Row]) -> dict[str, float]:
+    dice = list(_case_means(rows, "dice").values())
+    summary = {
+        "dice": float(np.mean(dice)) if dice else float("nan"),
+        "dice_std": float(np.std(dice, ddof=1)) if len(dice) > 1 else 0.0,
+        "num_cases": float(len({row["case_id"] for row in rows})),
+        "num_missed": float(sum(row["status"] == "missed" for row in rows)),
+    }
+    for name in _DISTANCES:
+        found = list(_case_means(rows, name).values())
+        summary[name] = float(np.mean(found)) if found else float("nan")
+    return summary
+
+
+def _classified(rows: Sequence[Row]) -> dict[str, float]:
+    right = [int(row["label"]) == int(row["prediction"]) for row in rows]
+    return {
+        "accuracy": float(np.mean(right)),
+        "balanced_accuracy": _balanced_accuracy(rows),
+        "auc": _auc(rows),
+        "num_cases": float(len(rows)),
+    }
+
+
+def _balanced_accuracy(rows: Sequence[Row]) -> float:
+    recalls = []
+    for label in sorted({int(row["label"]) for row in rows}):
+        own = [row for row in rows if int(row["label"]) == label]
+        recalls.append(np.mean([int(row["prediction"]) == label for row in own]))
+    return float(np.mean(recalls)) if recalls else float("nan")
+
+
+def _auc(rows: Sequence[Row]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    labels = [int(row["label"]) for row in rows]
+    if set(labels) != {0, 1}:
+        return float("nan")  # one class only, or more than two
+    return float(roc_auc_score(labels, [float(row["score"]) for row in rows]))
