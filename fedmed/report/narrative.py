@@ -1,0 +1,171 @@
+"""The sentences of the page: what was studied, what came out, how to do it again."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+
+from fedmed.report.rows import ALONE, Row
+from fedmed.report.run_folder import LOCK_FILE, Comparison
+from fedmed.report.significance import PairedTest
+from fedmed.report.tables import Table
+from fedmed.report.wording import count, listing, percent, signed_points
+
+POOLED = ("joint", "deepall")
+"""Strategies that put all images in one place, which hospitals cannot do."""
+
+
+def what_was_studied(comparison: Comparison, table: Table) -> str:
+    """Say in one plain paragraph what this study did."""
+    sites = count(len(table.sites), "site")
+    named = f" ({listing(table.sites)})" if table.sites else ""
+    sentences = [
+        f"This study trained models for {_purpose(comparison)} at {sites}{named}."
+    ]
+    sentences += _how_compared(comparison)
+    held_out = sorted({s for e in comparison.entries for s in e.run.held_out})
+    if held_out:
+        was = "was" if len(held_out) == 1 else "were"
+        sentences.append(
+            f"{_capital(listing(held_out))} {was} held out: its images were used for "
+            "testing only."
+        )
+    if any(row.is_left_out for row in table.rows):
+        sentences.append(
+            "Rows marked “site unseen” left out one site at a time and tested on it."
+        )
+    return " ".join(sentences)
+
+
+def what_came_out(table: Table, tests: tuple[PairedTest, ...]) -> str:
+    """Say the main result, its weakest site and its misses in a few sentences."""
+    scored = [row for row in table.rows if math.isfinite(row.overall.mean)]
+    if not scored:
+        return "There is no result yet: no case has been scored."
+    best = max(scored, key=lambda row: row.overall.mean)
+    sentences = [_headline(table, best, many=len(scored) > 1)]
+    if best.worst_site and len(best.cells) > 1:
+        sentences.append(
+            f"Its lowest site is {best.worst_site} with {percent(best.worst)} %."
+        )
+    if best.num_organs:
+        sentences.append(_misses(best))
+    sentences += _against(best, tests)
+    return " ".join(sentences)
+
+
+def how_to_repeat(comparison: Comparison) -> tuple[str, ...]:
+    """Give the command that repeats the study."""
+    if comparison.is_single:
+        run = comparison.entries[0].run
+        return (f"fedmed run {shlex.quote(f'{run.label}/{LOCK_FILE}')}",)
+    strategies = ",".join(comparison.strategies)
+    seeds = ",".join(str(s) for s in sorted({e.seed for e in comparison.entries}))
+    words = ["fedmed", "compare", f"{comparison.name}.yaml"]
+    words += ["--strategies", strategies, "--seeds", seeds]
+    if any(entry.held_out for entry in comparison.entries):
+        words.append("--leave-one-site-out")
+    return (shlex.join(words),)
+
+
+def what_is_missing(comparison: Comparison) -> tuple[str, ...]:
+    """List what the folder does not hold, once each, with the runs it concerns."""
+    found: dict[str, list[str]] = {}
+    for entry in comparison.entries:
+        for note in entry.run.notes:
+            found.setdefault(note, []).append(entry.run.label)
+    single = comparison.is_single
+    notes = [
+        note if single else f"{note} ({listing(labels)})"
+        for note, labels in found.items()
+    ]
+    return tuple(f"{m}." for m in comparison.missing) + tuple(notes)
+
+
+def split_sentence(comparison: Comparison) -> str:
+    """Say which cases the results are from."""
+    splits: dict[str, set[str]] = {}
+    for entry in comparison.entries:
+        for site, split in entry.run.splits.items():
+            splits.setdefault(split, set()).add(site)
+    if not splits:
+        return ""
+    if len(splits) == 1:
+        return (
+            f"Results are from the “{next(iter(splits))}” cases after the last round."
+        )
+    parts = [
+        f"“{split}” at {listing(sorted(s))}" for split, s in sorted(splits.items())
+    ]
+    return f"Results are after the last round, from the cases: {'; '.join(parts)}."
+
+
+def _purpose(comparison: Comparison) -> str:
+    task = comparison.entries[0].run.study.get("task") or {}
+    classes = task.get("classes") if isinstance(task, Mapping) else None
+    names = list(classes.values()) if isinstance(classes, Mapping) else classes or []
+    shown = [str(name) for name in names if str(name).lower() != "background"]
+    if not shown:
+        return f"image {comparison.kind}"
+    if comparison.kind == "classification":
+        return f"telling apart {listing(shown)}"
+    return f"outlining {listing(shown)} in images"
+
+
+def _how_compared(comparison: Comparison) -> list[str]:
+    strategies = comparison.strategies
+    seeds = sorted({entry.seed for entry in comparison.entries})
+    if comparison.is_single:
+        sentences = [f"It used the strategy “{strategies[0]}” with seed {seeds[0]}."]
+    else:
+        each = count(len(seeds), "random seed")
+        num = len(strategies)
+        ways = f"{num} training strategies" if num > 1 else "One training strategy"
+        verb = "were" if num > 1 else "was"
+        sentences = [f"{ways} ({listing(strategies)}) {verb} run with {each} each."]
+    if ALONE in strategies:
+        sentences.append(f"In “{ALONE}” each site trains alone.")
+    pooled = [name for name in strategies if name in POOLED]
+    if pooled:
+        sentences.append(
+            f"In “{pooled[0]}” all images are pooled, which only a simulation can do."
+        )
+    return sentences
+
+
+def _headline(table: Table, best: Row, *, many: bool) -> str:
+    score = f"{percent(best.overall.mean)} %"
+    if not many:
+        return f"The overall {table.score_name} is {score} (mean over sites)."
+    return (
+        f"The highest overall {table.score_name} is that of {best.label}: {score} "
+        "(mean over sites)."
+    )
+
+
+def _misses(best: Row) -> str:
+    organs = count(best.num_organs, "organ")
+    if not best.num_missed:
+        return f"It missed none of {organs}."
+    return f"It missed {best.num_missed} of {organs} entirely."
+
+
+def _against(best: Row, tests: tuple[PairedTest, ...]) -> list[str]:
+    """Compare the best row with the reference, without claiming more than is known."""
+    found = [test for test in tests if test.row == best.label and not test.site]
+    if not found:
+        return []
+    test = found[0]
+    clear = test.p_holm < 0.05
+    verdict = (
+        "a difference unlikely to be chance (p < 0.05 after correction)"
+        if clear
+        else "a difference that may be chance"
+    )
+    points = signed_points(test.difference)
+    return [f"Against the reference it is {points} points, {verdict}."]
+
+
+def _capital(text: str) -> str:
+    return f"Site {text}" if " and " not in text else f"Sites {text}"
