@@ -1,0 +1,289 @@
+"""The gate: what the server checks of every reply before anything is summed.
+
+One site's bad reply (NaN, a shape that would broadcast, a weight of 1e12, an update a
+billion times too large) costs that site its round, by name and with the reason; it
+never costs the run. What the gate cannot see: a small, well-formed, malicious update.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedmed.errors import SiteError
+from fedmed.message import Message, SiteId
+from fedmed.payload import KINDS
+
+logger = logging.getLogger(__name__)
+
+MODEL_KINDS = frozenset({"Weights", "Gradient"})
+"""Kinds whose tensors carry the names of the network's entries."""
+
+_RAGGED_KINDS = frozenset({"Embedding", "AmplitudeStatistic"})
+_SECTIONS = frozenset({"state", "buffers", "extra"})
+_NAMED_IN_REASON = 3
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What replies to one exchange must look like.
+
+    Attributes:
+        reference: The server's shared entries: names, shapes, dtypes, and the origin
+            from which an update by weights is measured.
+        registered: Training examples each site registered with.
+        norm_factor: An update is refused if its L2 norm exceeds this many times the
+            median of the other sites'; None = not checked.
+        max_norm: The same as an absolute number; None = not checked.
+        kinds: Kinds that may come.
+        alike: All sites send the same names and shapes; what most of them send is
+            right. False where sites play different parts in one exchange.
+    """
+
+    reference: Mapping[str, torch.Tensor]
+    registered: Mapping[SiteId, int]
+    norm_factor: float | None = None
+    max_norm: float | None = None
+    kinds: frozenset[str] = frozenset(KINDS)
+    alike: bool = True
+
+
+class _RefusedError(Exception):
+    """Why a reply is not used."""
+
+
+def check_reply(message: Message, expectation: Expectation, *, site_id: SiteId) -> None:
+    """Check one reply by itself.
+
+    Raises:
+        SiteError: If the reply must not be used; names the site and the reason.
+    """
+    try:
+        _check(message, expectation, site_id)
+    except _RefusedError as refusal:
+        raise SiteError(f"site {site_id}: {refusal}") from None
+
+
+def screen(
+    replies: Mapping[SiteId, Message], expectation: Expectation
+) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
+    """Sort the replies to one exchange into usable and refused ones.
+
+    Args:
+        replies: What came, in any order; the result does not depend on it.
+        expectation: What it must look like.
+
+    Returns:
+        Accepted replies and reasons of refusal, both in sorted order of sites.
+    """
+    accepted: dict[SiteId, Message] = {}
+    refused: dict[SiteId, str] = {}
+    for site_id in sorted(replies):
+        try:
+            _check(replies[site_id], expectation, site_id)
+            accepted[site_id] = replies[site_id]
+        except _RefusedError as refusal:
+            refused[site_id] = str(refusal)
+    if expectation.alike:
+        refused |= _unlike(accepted)
+    accepted = {s: m for s, m in accepted.items() if s not in refused}
+    if expectation.norm_factor is not None:
+        refused |= _outsized(accepted, expectation, expectation.norm_factor)
+    accepted = {s: m for s, m in accepted.items() if s not in refused}
+    return accepted, dict(sorted(refused.items()))
+
+
+def update_norms(message: Message, expectation: Expectation) -> dict[str, float]:
+    """Measure a reply's update in float64, one L2 norm per named state.
+
+    Args:
+        message: A reply; a `Weights` reply is measured from the reference.
+        expectation: Holds the reference.
+
+    Returns:
+        Norm by section ("state", "extra/control"...); empty if the reply carries no
+        update. Normalisation statistics of a `Gradient` are not part of one.
+    """
+    if message.kind not in MODEL_KINDS:
+        return {}
+    parts: dict[str, list[float]] = {}
+    for name, tensor in message.tensors.items():
+        section, entry = _split(name)
+        if section == "buffers" or not tensor.is_floating_point():
+            continue
+        update = tensor.double()
+        if message.kind == "Weights" and section == "state":
+            update = update - expectation.reference[entry].double()
+        norm = torch.linalg.vector_norm(update)
+        parts.setdefault(section, []).append(float(norm))
+    return {section: math.hypot(*norms) for section, norms in parts.items()}
+
+
+def _check(message: Message, expectation: Expectation, site_id: SiteId) -> None:
+    if message.kind not in expectation.kinds:
+        raise _RefusedError(
+            f"a reply of kind {message.kind[:40]!r}; expected "
+            f"{', '.join(sorted(expectation.kinds))}"
+        )
+    _check_header(message, expectation, site_id)
+    for name, tensor in message.tensors.items():
+        if message.kind in MODEL_KINDS:
+            _check_entry(name, tensor, expectation)
+        if not bool(torch.isfinite(tensor).all()):
+            raise _RefusedError(f"{_show(name)} holds NaN or infinity")
+    if expectation.max_norm is not None:
+        for section, norm in update_norms(message, expectation).items():
+            if not norm <= expectation.max_norm:
+                raise _RefusedError(
+                    f"the update's norm ({section}) is {norm:.3g}; at most "
+                    f"{expectation.max_norm:.3g} is allowed"
+                )
+
+
+def _check_header(message: Message, expectation: Expectation, site_id: SiteId) -> None:
+    registered = expectation.registered.get(site_id)
+    if registered is None:
+        raise _RefusedError("it is not registered in this study")
+    count = message.header.get("num_examples", 0)
+    smallest = 1 if message.kind in MODEL_KINDS else 0
+    if type(count) is not int or not smallest <= count <= registered:
+        raise _RefusedError(
+            f"num_examples is {_show(count)}; it registered {registered} and must "
+            f"state a whole number from {smallest} to {registered}"
+        )
+    values = message.header.get("values", {})
+    if not isinstance(values, Mapping):
+        raise _RefusedError("its values are no mapping")
+    if "loss" in values and not _is_number(values["loss"]):
+        raise _RefusedError(f"its loss is {_show(values['loss'])}, which is no number")
+    for holder in (message.header, values):
+        if "weight" in holder:
+            _check_weight(holder["weight"], registered)
+    rows = message.header.get("rows", ())
+    if not isinstance(rows, list | tuple) or not all(
+        isinstance(row, Mapping) for row in rows
+    ):
+        raise _RefusedError("its rows are no list of mappings")
+
+
+def _check_weight(weight: Any, registered: int) -> None:
+    # NaN compares false and is refused.
+    if not _is_number(weight) or not 0 < weight <= registered:
+        raise _RefusedError(
+            f"weight is {_show(weight)}; it must lie in (0, {registered}], the "
+            "number of examples it registered"
+        )
+
+
+def _check_entry(name: str, tensor: torch.Tensor, expectation: Expectation) -> None:
+    section, entry = _split(name)
+    if section.partition("/")[0] not in _SECTIONS:
+        raise _RefusedError(f"{_show(name)} belongs to no declared state")
+    expected = expectation.reference.get(entry)
+    if expected is None:
+        if section.startswith("extra"):
+            return
+        raise _RefusedError(f"{_show(name)} is no shared entry of the network")
+    # torch would broadcast (3,) to (4, 3) in silence.
+    if tensor.shape != expected.shape:
+        raise _RefusedError(
+            f"{_show(name)} has shape {tuple(tensor.shape)}; expected "
+            f"{tuple(expected.shape)}"
+        )
+    if tensor.dtype != expected.dtype:
+        raise _RefusedError(
+            f"{_show(name)} has dtype {tensor.dtype}; expected {expected.dtype}"
+        )
+
+
+_Layout = frozenset[tuple[str, tuple[int, ...], str]]
+
+
+def _unlike(messages: Mapping[SiteId, Message]) -> dict[SiteId, str]:
+    """Find the sites whose kind, names or shapes differ from what most sites send."""
+    if len(messages) < 2:
+        return {}
+    layouts = {site: (m.kind, _layout(m)) for site, m in messages.items()}
+    votes = Counter(layouts.values())
+    # Of equals the fuller layout is right: a missing entry is the likelier fault.
+    usual = max(
+        votes, key=lambda key: (votes[key], len(key[1]), key[0], sorted(key[1]))
+    )
+    return {
+        site: _difference(layout, usual)
+        for site, layout in layouts.items()
+        if layout != usual
+    }
+
+
+def _layout(message: Message) -> _Layout:
+    skip = 1 if message.kind in _RAGGED_KINDS else 0
+    return frozenset(
+        (name, tuple(tensor.shape[skip:]), str(tensor.dtype))
+        for name, tensor in message.tensors.items()
+    )
+
+
+def _difference(own: tuple[str, _Layout], usual: tuple[str, _Layout]) -> str:
+    if own[0] != usual[0]:
+        return f"a {own[0]} reply where the other sites sent {usual[0]}"
+    names, usual_names = ({item[0] for item in layout[1]} for layout in (own, usual))
+    if usual_names - names:
+        return f"lacks {_list(usual_names - names)}, which the other sites sent"
+    if names - usual_names:
+        return f"holds {_list(names - usual_names)}, which no other site sent"
+    odd = {item[0] for item in own[1] - usual[1]}
+    return f"{_list(odd)} differ in shape or dtype from what the other sites sent"
+
+
+def _outsized(
+    messages: Mapping[SiteId, Message], expectation: Expectation, factor: float
+) -> dict[SiteId, str]:
+    norms = {site: update_norms(m, expectation) for site, m in messages.items()}
+    refused = {}
+    for site, own in norms.items():
+        for section, norm in own.items():
+            others = [
+                n[section] for s, n in norms.items() if s != site and section in n
+            ]
+            median = statistics.median(others) if others else 0.0
+            # All others may stand still (a fully converged or frozen network).
+            if median > 0 and not norm <= factor * median:
+                refused[site] = (
+                    f"the update's norm ({section}) is {norm:.3g}, "
+                    f"{norm / median:.3g} times the median of the other sites; at "
+                    f"most {factor:.3g} times is allowed"
+                )
+                logger.warning("site %s: %s", site, refused[site])
+    return refused
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split "extra/control/conv.weight" into ("extra/control", "conv.weight")."""
+    section, _, entry = name.partition("/")
+    if section == "extra":
+        inner, _, entry = entry.partition("/")
+        section = f"extra/{inner}"
+    return section, entry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _show(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _list(names: set[str]) -> str:
+    first = ", ".join(_show(name) for name in sorted(names)[:_NAMED_IN_REASON])
+    more = len(names) - _NAMED_IN_REASON
+    return f"{first} and {more} more" if more > 0 else first

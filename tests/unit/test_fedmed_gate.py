@@ -1,0 +1,234 @@
+"""The poisoned-update matrix (U1-U12, U15): that site is refused, the others stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmed.errors import SiteError
+from fedmed.gate import Expectation, check_reply, screen, update_norms
+from fedmed.message import Message
+from fedmed.payload import (
+    ClassStatistic,
+    Embedding,
+    Gradient,
+    Metrics,
+    Weights,
+    from_message,
+    to_message,
+)
+
+REFERENCE = {
+    "w": torch.zeros(4, 3),
+    "b": torch.zeros(3),
+    "bn.num_batches_tracked": torch.tensor(10),
+}
+EXPECTATION = Expectation(
+    REFERENCE, {"a": 20, "b": 30, "c": 40, "d": 50}, norm_factor=100.0
+)
+
+
+def weights(seed: int = 0, **entries: torch.Tensor) -> Message:
+    rng = torch.Generator().manual_seed(seed)
+    state = {
+        "w": torch.randn(4, 3, generator=rng),
+        "b": torch.randn(3, generator=rng),
+        "bn.num_batches_tracked": torch.tensor(11),
+    }
+    return to_message(
+        Weights(num_examples=20, values={"loss": 0.5}, state=state | entries)
+    )
+
+
+def with_header(**header: Any) -> Message:
+    message = weights(2)
+    return dataclasses.replace(message, header={**message.header, **header})
+
+
+def without(name: str) -> Message:
+    message = weights(2)
+    kept = {key: t for key, t in message.tensors.items() if key != name}
+    return dataclasses.replace(message, tensors=kept)
+
+
+def poisoned(value: float) -> torch.Tensor:
+    tensor = torch.ones(4, 3)
+    tensor[2, 1] = value
+    return tensor
+
+
+POISON: dict[str, tuple[Message, str]] = {
+    "U1 NaN": (weights(w=poisoned(math.nan)), "'state/w' holds NaN"),
+    "U2 +inf": (weights(w=poisoned(math.inf)), "'state/w' holds NaN or infinity"),
+    "U2 -inf": (weights(w=poisoned(-math.inf)), "'state/w' holds NaN or infinity"),
+    "U3 broadcastable": (weights(w=torch.ones(3)), r"shape \(3,\); expected \(4, 3\)"),
+    "U4 scalar": (weights(w=torch.tensor(1.0)), r"shape \(\); expected \(4, 3\)"),
+    "U5 wrong shape": (weights(w=torch.ones(5, 3)), r"shape \(5, 3\)"),
+    "U6 weight 1e12": (with_header(num_examples=10**12), "registered 30"),
+    "U6 values": (with_header(values={"weight": 1e12}), r"weight is 1000000000000.0"),
+    "U7 weight -9": (with_header(num_examples=-9), "num_examples is -9"),
+    "U7 values": (with_header(values={"weight": -9}), "weight is -9"),
+    "U8 weight 0": (with_header(num_examples=0), "num_examples is 0"),
+    "U8 values": (with_header(weight=0.0), "weight is 0.0"),
+    "U9 weight NaN": (with_header(num_examples=math.nan), "num_examples is nan"),
+    "U9 values": (with_header(values={"weight": math.nan}), "weight is nan"),
+    "U9 weight inf": (with_header(weight=math.inf), "weight is inf"),
+    "U10 missing key": (without("state/b"), "lacks 'state/b'"),
+    "U10 unknown key": (weights(x=torch.ones(1)), "'state/x' is no shared entry"),
+    "U11 float counter": (
+        weights(**{"bn.num_batches_tracked": torch.tensor(10.5).double()}),
+        "dtype torch.float64; expected torch.int64",
+    ),
+    "U12 x1e9": (weights(w=torch.full((4, 3), 1e9)), "times the median"),
+    "U12 overflows float32": (weights(w=torch.full((4, 3), 3e38)), "times the median"),
+    "U15 dtype swap": (weights(w=torch.ones(4, 3).half()), "dtype torch.float16"),
+    "kind": (dataclasses.replace(weights(), kind="Evil"), "kind 'Evil'"),
+    "other kind": (to_message(Metrics()), "a Metrics reply where the other sites"),
+    "section": (
+        dataclasses.replace(weights(), tensors={"secret/w": torch.ones(4, 3)}),
+        "belongs to no declared state",
+    ),
+    "count as bool": (with_header(num_examples=True), "num_examples is True"),
+    "count as text": (with_header(num_examples="20"), "num_examples is '20'"),
+    "count as float": (with_header(num_examples=20.0), "num_examples is 20.0"),
+    "loss as text": (with_header(values={"loss": "low"}), "loss is 'low'"),
+    "values as list": (with_header(values=[1]), "values are no mapping"),
+    "rows as text": (with_header(rows="x"), "rows are no list"),
+}
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_the_poisoned_site_is_refused_and_the_round_goes_on(name: str) -> None:
+    message, reason = POISON[name]
+    good = {"a": weights(1), "c": weights(3), "d": weights(4)}
+    accepted, refused = screen({**good, "b": message}, EXPECTATION)
+    assert accepted == good
+    assert list(refused) == ["b"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(refused["b"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in POISON
+        if n[:3] != "U12" and n not in {"U10 missing key", "other kind"}
+    ],
+)
+def test_check_reply_names_the_site_and_the_reason(name: str) -> None:
+    message, reason = POISON[name]
+    with pytest.raises(SiteError, match=rf"^site b: .*{reason}"):
+        check_reply(message, EXPECTATION, site_id="b")
+
+
+def test_u8_all_weights_0_leaves_nothing_to_sum() -> None:
+    accepted, refused = screen(
+        {site: with_header(num_examples=0) for site in "abc"}, EXPECTATION
+    )
+    assert accepted == {}
+    assert list(refused) == ["a", "b", "c"]
+
+
+def test_u12_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    screen({"a": weights(1), "b": weights(w=torch.full((4, 3), 1e9))}, EXPECTATION)
+    assert "site b: the update's norm (state) is 3.46e+09" in caplog.text
+
+
+def test_an_absolute_norm_bound() -> None:
+    bounded = dataclasses.replace(EXPECTATION, max_norm=2.0)
+    check_reply(weights(w=torch.zeros(4, 3), b=torch.ones(3)), bounded, site_id="a")
+    with pytest.raises(SiteError, match=r"norm \(state\) is 6"):
+        check_reply(weights(b=torch.full((3,), 40.0)), bounded, site_id="a")
+
+
+def test_the_norm_is_that_of_the_update_not_of_the_weights() -> None:
+    reference = {"w": torch.full((1000,), 1e4)}
+    expectation = Expectation(reference, {"a": 1}, norm_factor=2.0)
+    step = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    moved = torch.from_numpy(step) + reference["w"]
+    expected = np.linalg.norm(moved.numpy().astype(np.float64) - 1e4)
+    message = to_message(Weights(num_examples=1, state={"w": moved}))
+    assert update_norms(message, expectation) == {"state": pytest.approx(expected)}
+    gradient = to_message(Gradient(num_examples=1, state={"w": moved}))
+    expected = np.linalg.norm(moved.numpy().astype(np.float64))
+    assert update_norms(gradient, expectation)["state"] == pytest.approx(expected)
+
+
+def test_the_result_does_not_depend_on_who_answered_first() -> None:
+    replies = {
+        "a": weights(1),
+        "b": weights(w=poisoned(math.nan)),
+        "c": weights(3),
+        "d": without("state/b"),
+    }
+    results = [
+        screen(dict(order), EXPECTATION)
+        for order in itertools.permutations(replies.items())
+    ]
+    assert all(list(a) == ["a", "c"] for a, _ in results)
+    assert all(refused == results[0][1] for _, refused in results)
+
+
+def test_nothing_of_two_replies_is_a_majority_then_the_fuller_one_is_right() -> None:
+    accepted, refused = screen({"a": without("state/w"), "b": weights(1)}, EXPECTATION)
+    assert list(accepted) == ["b"]
+    assert "lacks 'state/w'" in refused["a"]
+
+
+def test_sites_may_play_different_parts_if_the_exchange_says_so() -> None:
+    replies = {"a": without("state/w"), "b": weights(1), "c": weights(2)}
+    free = dataclasses.replace(EXPECTATION, alike=False)
+    assert list(screen(replies, free)[0]) == ["a", "b", "c"]
+
+
+def test_an_unregistered_site_is_refused() -> None:
+    assert screen({"z": weights(1)}, EXPECTATION)[1] == {
+        "z": "it is not registered in this study"
+    }
+
+
+def test_extra_states_are_compared_with_the_network_or_with_each_other() -> None:
+    def reply(shape: tuple[int, ...], scale: float = 1.0) -> Message:
+        extra = {"control": {"w": torch.ones(4, 3), "own": scale * torch.ones(shape)}}
+        return to_message(Weights(num_examples=5, state=dict(REFERENCE), extra=extra))
+
+    good = {"a": reply((2,)), "b": reply((2,))}
+    _, refused = screen({**good, "c": reply((7,)), "d": reply((2,), 1e9)}, EXPECTATION)
+    assert "'extra/control/own' differ in shape" in refused["c"]
+    assert "norm (extra/control)" in refused["d"]
+    assert len(refused) == 2
+
+
+def test_statistics_must_be_alike_and_embeddings_may_differ_in_number() -> None:
+    def embedding(rows: int, width: int = 4) -> Message:
+        return to_message(Embedding(state={"e": torch.ones(rows, width)}))
+
+    replies = {"a": embedding(3), "b": embedding(5), "c": embedding(3, 2)}
+    assert list(screen(replies, EXPECTATION)[1]) == ["c"]
+
+    def statistic(classes: int) -> Message:
+        return to_message(ClassStatistic(state={"s": torch.ones(classes, classes)}))
+
+    replies = {"a": statistic(4), "b": statistic(4), "c": statistic(1)}
+    assert list(screen(replies, EXPECTATION)[1]) == ["c"]
+
+
+def test_sites_that_stand_still_do_not_make_a_moving_one_suspect() -> None:
+    still = to_message(Weights(num_examples=5, state=dict(REFERENCE)))
+    accepted, refused = screen({"a": still, "b": still, "c": weights(1)}, EXPECTATION)
+    assert list(accepted) == ["a", "b", "c"]
+    assert refused == {}
+
+
+def test_whatever_is_accepted_becomes_a_payload() -> None:
+    accepted, _ = screen({"a": weights(1)}, EXPECTATION)
+    payload = from_message(accepted["a"])
+    assert isinstance(payload, Weights)
+    assert payload.state["bn.num_batches_tracked"].dtype == torch.int64
