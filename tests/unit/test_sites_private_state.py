@@ -1,0 +1,215 @@
+"""A hospital's private state: versions, stages, rollback, damage and deaths."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmed.errors import StorageError
+from fedmed.strategy import Private
+from sites.private_state import PrivateStore
+
+
+def private(value: float) -> Private:
+    kept = {"bn.running_mean": torch.full((3,), value), "n": torch.tensor(int(value))}
+    return Private(states={"kept": kept, "optimizer": {}}, facts={"value": value})
+
+
+def value(state: Private | None) -> float | None:
+    if state is None:
+        return None
+    assert torch.all(state.states["kept"]["bn.running_mean"] == state.facts["value"])
+    return float(state.facts["value"])
+
+
+@pytest.fixture(params=[False, True], ids=["memory", "durable"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> PrivateStore:
+    return PrivateStore(tmp_path / "private", durable=request.param)
+
+
+def reopened(store: PrivateStore) -> PrivateStore:
+    return PrivateStore(store._folder, durable=store._durable)
+
+
+def run_round(store: PrivateStore, number: int) -> None:
+    store.stage(number, 0, private(number + 0.25))
+    store.stage(number, 1, private(float(number)))
+    store.commit(number)
+
+
+def test_a_new_site_has_nothing(store: PrivateStore) -> None:
+    assert store.load(0) is None
+    assert store.load(5) is None
+    assert store.staged(1) is None
+
+
+def test_a_committed_round_comes_back_bit_for_bit(store: PrivateStore) -> None:
+    facts = {"x": 0.1, "nan": math.nan, "list": [1, None]}
+    before = Private(states={"kept": private(2.0).states["kept"], "e": {}}, facts=facts)
+    store.stage(1, 0, before)
+    store.commit(1)
+    for one in (store, reopened(store)):
+        after = one.load(1)
+        assert after is not None
+        torch.testing.assert_close(after.states, before.states, rtol=0, atol=0)
+        assert after.facts["x"] == 0.1
+        assert math.isnan(after.facts["nan"])
+
+
+def test_a_staged_round_does_not_count_yet(store: PrivateStore) -> None:
+    run_round(store, 1)
+    store.stage(2, 0, private(2.0))
+    assert value(store.load(2)) == 1.0
+    assert value(store.staged(2)) == 2.0
+    assert value(reopened(store).load(2)) == 1.0
+
+
+def test_a_repeated_exchange_starts_from_the_one_before(store: PrivateStore) -> None:
+    for exchange in range(4):
+        store.stage(1, exchange, private(float(exchange)))
+    assert value(store.staged(1)) == 3.0
+    assert value(store.staged(1, before=3)) == 2.0
+    store.stage(1, 3, private(33.0))
+    assert value(store.staged(1, before=3)) == 2.0
+    store.commit(1)
+    assert value(store.load(1)) == 33.0
+
+
+def test_a_round_without_news_keeps_the_version_before(store: PrivateStore) -> None:
+    run_round(store, 1)
+    store.commit(2)
+    run_round(store, 3)
+    assert [value(store.load(v)) for v in (1, 2, 3, 4)] == [1.0, 1.0, 3.0, 3.0]
+    assert store.load(0) is None
+
+
+def test_commit_may_be_repeated(store: PrivateStore) -> None:
+    run_round(store, 1)
+    store.commit(1)
+    assert value(reopened(store).load(1)) == 1.0
+
+
+def test_only_three_versions_stay_and_older_ones_are_not_guessed(
+    store: PrivateStore,
+) -> None:
+    for number in range(1, 6):
+        run_round(store, number)
+    assert store.versions() == (3, 4, 5)
+    assert [value(store.load(v)) for v in (3, 4, 5)] == [3.0, 4.0, 5.0]
+    with pytest.raises(StorageError, match="private version 2 is gone"):
+        store.load(2)
+
+
+def test_discard_after_rolls_back(store: PrivateStore) -> None:
+    for number in (1, 2, 3):
+        run_round(store, number)
+    store.stage(4, 0, private(4.0))
+    store.discard_after(1)
+    for one in (store, reopened(store)):
+        assert one.staged(4) is None
+        assert one.versions() == (1,)
+        assert value(one.load(3)) == 1.0
+
+
+def test_a_site_that_joined_late_rolls_back_to_nothing(store: PrivateStore) -> None:
+    run_round(store, 5)
+    assert store.load(4) is None
+    store.discard_after(4)
+    assert store.load(5) is None
+
+
+def test_a_new_attempt_forgets_the_stages_of_the_old_one(store: PrivateStore) -> None:
+    store.stage(1, 0, private(1.0))
+    store.stage(1, 1, private(2.0))
+    store.stage(1, 0, private(3.0))
+    assert value(store.staged(1)) == 3.0
+
+
+def test_what_was_stored_does_not_change_with_its_owner(store: PrivateStore) -> None:
+    network = {"w": torch.ones(2)}
+    facts = {"list": [1]}
+    store.stage(1, 0, Private(states={"kept": network}, facts=facts))
+    network["w"] += 1
+    facts["list"].append(2)
+    store.commit(1)
+    loaded = store.load(1)
+    assert loaded is not None
+    loaded.states["kept"]["w"] += 5
+    again = store.load(1)
+    assert again is not None
+    assert again.states["kept"]["w"].tolist() == [1.0, 1.0]
+    assert again.facts == {"list": [1]}
+
+
+def test_durable_stages_survive_a_change_of_process(tmp_path: Path) -> None:
+    one, two = (PrivateStore(tmp_path, durable=True) for _ in range(2))
+    one.stage(1, 0, private(1.0))
+    two.stage(1, 1, private(2.0))
+    assert value(one.staged(1)) == 2.0
+    assert value(one.staged(1, before=1)) == 1.0
+    one.commit(1)
+    assert value(two.load(1)) == 2.0
+    one.discard_after(0)
+    one.stage(1, 0, private(7.0))
+    one.commit(1)
+    assert value(two.load(1)) == 7.0
+
+
+def test_files_are_for_the_owner_only(store: PrivateStore) -> None:
+    store._folder.chmod(0o755)
+    reopened(store)
+    store.stage(1, 0, private(1.0))
+    store.commit(1)
+    store.stage(2, 0, private(1.0))
+    assert store._folder.stat().st_mode & 0o777 == 0o700
+    for path in store._folder.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_version_is_a_storage_error(store: PrivateStore) -> None:
+    run_round(store, 1)
+    path = store._folder / "round-000001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match="is damaged: its checksum"):
+        reopened(store).load(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_death_before_every_rename_leaves_a_whole_version(tmp_path: Path) -> None:
+    for durable in (False, True):
+        for nth in range(1, 9):
+            folder = tmp_path / f"{durable}-{nth}"
+            first = PrivateStore(folder, durable=durable)
+            run_round(first, 1)
+            pid = os.fork()
+            if pid == 0:
+                die_before_rename(nth)
+                run_round(PrivateStore(folder, durable=durable), 2)
+                os._exit(0)
+            os.waitpid(pid, 0)
+            after = PrivateStore(folder, durable=durable)
+            assert value(after.load(1)) == 1.0
+            assert value(after.load(2)) in (1.0, 2.0)
+            after.discard_after(1)
+            run_round(after, 2)
+            assert value(after.load(2)) == 2.0
+
+
+def die_before_rename(nth: int) -> None:
+    calls = 0
+    real = os.replace
+
+    def counted(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            os._exit(9)
+        real(source, target)
+
+    os.replace = counted  # type: ignore[assignment]
