@@ -6,6 +6,7 @@ nearest known key; any key can be overridden as `path.to.key=value`.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -248,10 +249,22 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: If the file is missing, is no YAML mapping, or does not check.
     """
-    content = read_yaml(path)
-    for override in overrides:
-        _apply(content, override)
+    content = apply_overrides(read_yaml(path), overrides)
     return study_from_dict(content, where=path.name)
+
+
+def apply_overrides(
+    content: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Copy a study's content with `path.to.key=value` changes applied.
+
+    Raises:
+        ConfigError: If an override is not of this form.
+    """
+    changed = copy.deepcopy(dict(content))
+    for override in overrides:
+        _apply(changed, override)
+    return changed
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""`fedmed compare`: several strategies, one study, one table, one report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedmed.commands.report import print_table
+from fedmed.commands.run import execute
+from fedmed.errors import ConfigError, UsageError
+from fedmed.report.tables import comparison_table
+from fedmed.resolve import load_strategy
+from fedmed.run import cache_folder
+from fedmed.runfolder import RunFolder
+from fedmed.storage import write_atomic
+from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run of a comparison."""
+
+    strategy: str
+    seed: int
+    held_out: str | None
+    folder: str
+
+
+def compare_command(
+    study_file: Path,
+    overrides: tuple[str, ...],
+    *,
+    strategies: tuple[str, ...],
+    seeds: tuple[int, ...],
+    leave_one_site_out: bool,
+    transport: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Run every leg that is not finished yet, then report."""
+    if transport is not None:
+        overrides = (*overrides, f"transport.name={transport}")
+    content = apply_overrides(read_yaml(study_file), overrides)
+    study = study_from_dict(content, where=study_file.name)
+    held_out = _sites(study) if leave_one_site_out else (None,)
+    folder = out or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    legs = tuple(_legs(strategies, seeds, held_out))
+    studies = {leg: _study_of(content, study, leg) for leg in legs}
+    _write_index(folder, study, legs)
+    for number, (leg, own) in enumerate(studies.items(), 1):
+        if not _run_leg(folder / leg.folder, own, f"{number}/{len(legs)}", as_json):
+            typer.echo(
+                "fedmed: stopped; the same command goes on from here "
+                f"(--out {folder})",
+                err=True,
+            )
+            sys.exit(130)
+    _finish(folder, as_json=as_json)
+
+
+def _sites(study: Study) -> tuple[str, ...]:
+    import importlib
+
+    data = importlib.import_module("sites.data")
+    _, found = data.list_sites(study, cache_folder(study))
+    return tuple(site.site_id for site in found)
+
+
+def _legs(
+    strategies: tuple[str, ...],
+    seeds: tuple[int, ...],
+    held_out: tuple[str | None, ...],
+) -> Iterator[Leg]:
+    for name in strategies:
+        for seed in seeds:
+            # A model trained on one site alone is no generalisation: `separate` is
+            # the deck's Intra-site row and is run once, with every site in it.
+            for site in (None,) if name == "separate" else held_out:
+                label = name.replace(":", "-")
+                suffix = "" if site is None else f"-without-{site}"
+                yield Leg(name, seed, site, f"{label}-seed{seed}{suffix}")
+
+
+def _study_of(content: dict[str, Any], study: Study, leg: Leg) -> Study:
+    before = dict(content.get("strategy", {}))
+    options = before if before.get("name") == leg.strategy else {}
+    sync = {"sync": before["sync"]} if "sync" in before and not options else {}
+    section = {**sync, **options, "name": leg.strategy}
+    try:
+        load_strategy(leg.strategy, {k: v for k, v in section.items() if k != "name"})
+    except ConfigError:
+        section.pop("sync", None)  # joint has one mode only
+    changed = {**content, "seed": leg.seed, "strategy": section}
+    split = dict(content.get("split", {}))
+    # Every seed divides the cases alike, so that cases can be paired.
+    split.setdefault("seed", study.seed)
+    if leg.held_out is not None:
+        split["held_out"] = [leg.held_out]
+    changed["split"] = split
+    own = study_from_dict(changed, where=f"the study for {leg.strategy}")
+    rest = {k: v for k, v in own.strategy.options.items()}
+    load_strategy(own.strategy.name, rest)
+    return own
+
+
+def _write_index(folder: Path, study: Study, legs: tuple[Leg, ...]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    index = folder / "compare.json"
+    if RunFolder(folder).lock_file.exists():
+        raise UsageError(
+            f"{folder} holds a single run", hint="Choose another folder with --out."
+        )
+    content = {"study": study.name, "runs": [asdict(leg) for leg in legs]}
+    if index.exists():
+        known = json.loads(index.read_text())["runs"]
+        content["runs"] += [run for run in known if run not in content["runs"]]
+    write_atomic(index, json.dumps(content, indent=1).encode())
+
+
+def _run_leg(folder: Path, study: Study, number: str, as_json: bool) -> bool:
+    run_folder = RunFolder(folder)
+    if run_folder.summary_file.exists() and run_folder.model_file.exists():
+        return True
+    titled = study.model_copy(update={"title": study.title})
+    if not as_json:
+        typer.echo(f"run {number}: {folder.name}", err=True)
+    resume = run_folder.lock_file.exists()
+    return execute(titled, folder, resume=resume, quiet=as_json).finished
+
+
+def _finish(folder: Path, *, as_json: bool) -> None:
+    from fedmed.report.page import build_report
+
+    page = build_report(folder)
+    table = comparison_table(folder)
+    if as_json:
+        record = {"run": str(folder), "report": str(page), "table": table.as_dict()}
+        typer.echo(json.dumps(record))
+        return
+    print_table(table)
+    typer.echo(f"report: {page}")

@@ -1,0 +1,159 @@
+"""`fedmed run`: one study, one strategy, one run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+from fedmed.checkpoint import Checkpoints
+from fedmed.progress import TerminalProgress
+from fedmed.run import RunResult, Silence, run_study
+from fedmed.runfolder import RunFolder, finite
+from fedmed.study import Study, load_study
+
+
+class StopRequest:
+    """Ctrl-C once: finish the round. Twice: stop at once. Both can be resumed."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self.asked
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal, raise on the second."""
+        del number, frame
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        typer.echo(
+            "\nfedmed: finishing this round; press Ctrl-C again to stop now", err=True
+        )
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Turn Ctrl-C and SIGTERM into a polite request while a study runs."""
+    request = StopRequest()
+    before = {
+        number: signal.signal(number, request.on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def default_folder(study: Study) -> Path:
+    """Name a fresh run folder."""
+    return Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def newest_folder(study: Study) -> Path:
+    """Find the run to resume when none is named."""
+    found = sorted(Path("runs").glob(f"{study.name}-*/study.lock.yaml"))
+    return found[-1].parent if found else default_folder(study)
+
+
+def execute(study: Study, out: Path, *, resume: bool, quiet: bool) -> RunResult:
+    """Run a study with progress on the terminal."""
+    with listening() as should_stop:
+        if quiet:
+            return run_study(
+                study, out, resume=resume, observer=Silence(), should_stop=should_stop
+            )
+        first = _rounds_done(out) if resume else 0
+        title = f"{study.name} {study.strategy.name}"
+        with TerminalProgress(title, study.rounds, first) as progress:
+            return run_study(
+                study, out, resume=resume, observer=progress, should_stop=should_stop
+            )
+
+
+def _rounds_done(out: Path) -> int:
+    folder = RunFolder(out).checkpoints
+    return max(Checkpoints(folder).rounds(), default=0) if folder.is_dir() else 0
+
+
+def run_command(
+    study_file: Path,
+    overrides: tuple[str, ...],
+    *,
+    transport: str | None,
+    out: Path | None,
+    resume: bool,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Run, report, print."""
+    if transport is not None:
+        overrides = (*overrides, f"transport.name={transport}")
+    study = load_study(study_file, overrides)
+    folder = out or (newest_folder(study) if resume else default_folder(study))
+    result = execute(study, folder, resume=resume, quiet=as_json)
+    if not result.finished:
+        typer.echo(f"fedmed: stopped after a round; go on with --resume --out {folder}",
+                   err=True)
+        sys.exit(130)
+    page = None
+    if report:
+        from fedmed.report.page import build_report
+
+        page = build_report(result.folder)
+    if as_json:
+        typer.echo(json.dumps(json_record(result, page)))
+        return
+    _print_summary(result, page)
+
+
+def json_record(result: RunResult, page: Path | None) -> dict[str, Any]:
+    """The line that programs read."""
+    summary = finite(result.summary)
+    return {
+        "run": str(result.folder),
+        "strategy": summary["strategy"],
+        "seed": summary["seed"],
+        "rounds": summary["rounds"],
+        "split": summary["split"],
+        "metrics": summary["sites"],
+        "overall": summary["overall"],
+        "worst_site": summary["worst_site"],
+        "report": None if page is None else str(page),
+    }
+
+
+def _print_summary(result: RunResult, page: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = result.summary
+    rows = {**summary["sites"], "overall": summary["overall"]}
+    names = [
+        name
+        for name in ("dice", "assd_mm", "hd95_mm", "accuracy", "balanced_accuracy", "auc")
+        if name in summary["overall"]
+    ]
+    table = Table(title=f"{summary['strategy']}, {summary['split']} cases")
+    table.add_column("site")
+    for name in names:
+        table.add_column(name, justify="right")
+    for site, values in rows.items():
+        table.add_row(site, *(f"{values[name]:.3f}" for name in names))
+    console = Console()
+    console.print(table)
+    console.print(f"run folder: {result.folder}", soft_wrap=True)
+    if page is not None:
+        console.print(f"report: {page}", soft_wrap=True)
