@@ -144,7 +144,7 @@ def _inputs_per_output(layer: nn.Module) -> float:
     if isinstance(layer, _Convolution):
         return layer.in_channels / layer.groups * math.prod(layer.kernel_size)
     assert isinstance(layer, nn.Linear)
-    return layer.in_features
+    return float(layer.in_features)
 
 
 def _norm(options: Mapping[str, Any], site_ids: Sequence[str]) -> Norm:

@@ -1,0 +1,66 @@
+"""Sums and statistics over sites against NumPy on the pooled numbers, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedmed.partition import describe_state
+from fedmed.reduce import merge_states, weighted_mean
+
+
+def test_merged_statistics_are_those_of_the_pooled_data():
+    # Law of total variance: sites of different size, mean and spread.
+    rng = np.random.default_rng(0)
+    data = {
+        site: rng.normal(shift, spread, (size, 4))
+        for site, size, shift, spread in (
+            ("a", 10, -3.0, 1.0),
+            ("b", 200, 0.5, 0.1),
+            ("c", 55, 40.0, 7.0),
+        )
+    }
+    layer = nn.BatchNorm1d(4, dtype=torch.float64)
+    states = {
+        site: {
+            **layer.state_dict(),
+            "running_mean": torch.from_numpy(rows.mean(axis=0)),
+            "running_var": torch.from_numpy(rows.var(axis=0)),
+        }
+        for site, rows in data.items()
+    }
+    weights = {site: len(rows) for site, rows in data.items()}
+    merged = merge_states(states, weights, describe_state(layer))
+    pooled = np.concatenate(list(data.values()))
+    np.testing.assert_allclose(merged["running_mean"], pooled.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(merged["running_var"], pooled.var(axis=0), rtol=1e-13)
+    averaged = weighted_mean(states, weights)["running_var"].numpy()
+    assert (averaged < 0.5 * pooled.var(axis=0)).all()
+
+
+def test_statistics_far_from_zero_keep_their_variance():
+    # E[x^2] - mean^2 would lose all digits of a variance of 1 at a mean of 1e8.
+    layer = nn.BatchNorm1d(1, dtype=torch.float64)
+    states = {
+        site: {
+            **layer.state_dict(),
+            "running_mean": torch.tensor([mean], dtype=torch.float64),
+        }
+        for site, mean in (("a", 1e8 - 1), ("b", 1e8 + 1))
+    }
+    merged = merge_states(states, {"a": 1, "b": 1}, describe_state(layer))
+    np.testing.assert_allclose(merged["running_var"], [2.0], rtol=1e-12)
+
+
+def test_weighted_mean_is_numpys_average():
+    rng = np.random.default_rng(1)
+    arrays = rng.normal(size=(6, 5, 3))
+    weights = rng.uniform(1, 100, 6)
+    names = [f"site{i}" for i in range(6)]
+    mean = weighted_mean(
+        {n: {"w": torch.from_numpy(a)} for n, a in zip(names, arrays, strict=True)},
+        dict(zip(names, weights.tolist(), strict=True)),
+    )["w"]
+    expected = np.average(arrays, axis=0, weights=weights)
+    np.testing.assert_allclose(mean, expected, rtol=1e-13, atol=1e-15)
