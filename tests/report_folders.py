@@ -37,9 +37,10 @@ DICE = {
     "ms_net": {"a": 0.917, "b": 0.913, "c": 0.912},
 }
 CASE_COLUMNS = (
-    "round,split,site,case_id,class,dice,assd_mm,asd_mm_pred2gt,asd_mm_gt2pred,"
-    "hd95_mm,volume_ml_prediction,volume_ml_label,status"
-).split(",")
+    *("round", "split", "site", "case_id", "class", "dice", "assd_mm"),
+    *("asd_mm_pred2gt", "asd_mm_gt2pred", "hd95_mm"),
+    *("volume_ml_prediction", "volume_ml_label", "status"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,15 +147,17 @@ def _round(plan: Plan, number: int, rng: np.random.Generator) -> dict[str, Any]:
     refused = plan.trouble and number in {4, 5, 6}
     failed = plan.trouble and number == 9
     trained = [site for site in plan.sites if site not in plan.held_out]
-    answered = [s for s in trained if not (s == "b" and refused or s == "c" and failed)]
+    answered = [
+        s for s in trained if not ((s == "b" and refused) or (s == "c" and failed))
+    ]
     target = DICE.get(plan.strategy, DICE["fedavg"])
     every_other = number % 2 == 0
     return {
         "round": number,
         "seconds": float(rng.uniform(11, 14)),
         "loss": {s: float(0.1 + 0.6 * fall + rng.normal(0, 0.01)) for s in answered},
-        "bytes_down": {site: 8_753_672 for site in trained},
-        "bytes_up": {site: 8_753_672 for site in answered},
+        "bytes_down": dict.fromkeys(trained, 8753672),
+        "bytes_up": dict.fromkeys(answered, 8753672),
         "answered": answered,
         "refused": {"b": "update holds NaN in 'enc1.weight'"} if refused else {},
         "failed": {"c": "no answer within 60 s"} if failed else {},

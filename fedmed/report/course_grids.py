@@ -26,7 +26,12 @@ def sites_grid(comparison: Comparison, table: Table) -> Grid:
     titles = tuple(rows[0]) if rows else ("Site",)
     used = [t for t in titles if t == "Site" or any(row[t] for row in rows)]
     boxes = tuple(tuple(Box(row[title] or NO_VALUE) for title in used) for row in rows)
-    return Grid("Sites of this study", tuple(used), boxes, num_text=len(used))
+    return Grid(
+        "Who took part, with which scanner and cases",
+        tuple(used),
+        boxes,
+        num_text=len(used),
+    )
 
 
 def traffic_grid(comparison: Comparison) -> Grid | None:
@@ -55,20 +60,23 @@ def traffic_grid(comparison: Comparison) -> Grid | None:
 
 def events_grid(comparison: Comparison) -> Grid | None:
     """List refused updates and failures; None if there were none."""
-    found: dict[tuple[str, str, str, str], list[int]] = {}
+    found: dict[tuple[str, str, str], dict[str, list[int]]] = {}
     for entry in comparison.entries:
         for line in entry.run.rounds:
             for what in ("refused", "failed"):
                 for site, reason in (line.get(what) or {}).items():
-                    key = (_run_name(entry), str(site), what, str(reason))
-                    found.setdefault(key, []).append(int(line.get("round", 0)))
+                    runs = found.setdefault((str(site), what, str(reason)), {})
+                    rounds = runs.setdefault(_run_name(entry), [])
+                    rounds.append(int(line.get("round", 0)))
     if not found:
         return None
+    many = len(comparison.entries)
     rows = tuple(
-        (Box(site), Box(run), Box(_what(what)), Box(_ranges(rounds)), Box(reason))
-        for (run, site, what, reason), rounds in found.items()
+        (Box(site), Box(_what(what)), Box(reason), Box(_runs(runs, many)), Box(rounds))
+        for (site, what, reason), events in sorted(found.items())
+        for rounds, runs in _same_rounds(events).items()
     )
-    header = ("Site", "Run", "What", "Rounds", "Reason")
+    header = ("Site", "What", "Reason", "Run", "Rounds")
     return Grid("Updates that were not used", header, rows, num_text=5)
 
 
@@ -169,15 +177,15 @@ def _traffic_by_site(run: Run) -> Grid:
     )
     rows = []
     for site in sites:
-        down = [_bytes(line, "bytes_down").get(site, 0) for line in run.rounds]
-        up = [_bytes(line, "bytes_up").get(site, 0) for line in run.rounds]
+        down = [_bytes(line, "bytes_down").get(site, 0.0) for line in run.rounds]
+        up = [_bytes(line, "bytes_up").get(site, 0.0) for line in run.rounds]
         answered = sum(site in (line.get("answered") or ()) for line in run.rounds)
         rows.append(
             (
                 Box(site),
                 Box(size(mean_of_finite(down))),
                 Box(size(mean_of_finite(up))),
-                Box(size(sum(down) + sum(up))),
+                Box(size(float(sum(down) + sum(up)))),
                 Box(f"{answered} of {len(run.rounds)}"),
             )
         )
@@ -218,7 +226,8 @@ def _bytes(line: Mapping[str, Any], name: str) -> Mapping[str, float]:
 
 def _total_bytes(run: Run) -> float:
     names = ("bytes_down", "bytes_up")
-    return sum(sum(_bytes(line, n).values()) for line in run.rounds for n in names)
+    every = (_bytes(line, name).values() for line in run.rounds for name in names)
+    return float(sum(map(sum, every)))
 
 
 def _seconds(run: Run) -> list[float]:
@@ -232,6 +241,20 @@ def _run_name(entry: Entry) -> str:
 
 def _what(word: str) -> str:
     return "update refused" if word == "refused" else "site failed"
+
+
+def _same_rounds(events: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+    """Put runs together in which the same happened in the same rounds."""
+    grouped: dict[str, list[str]] = {}
+    for run, rounds in events.items():
+        grouped.setdefault(_ranges(rounds), []).append(run)
+    return grouped
+
+
+def _runs(names: Sequence[str], num_runs: int) -> str:
+    if len(names) == num_runs:
+        return "every run" if num_runs > 1 else names[0]
+    return "; ".join(names)
 
 
 def _ranges(rounds: Sequence[int]) -> str:

@@ -38,7 +38,9 @@ def what_was_studied(comparison: Comparison, table: Table) -> str:
     return " ".join(sentences)
 
 
-def what_came_out(table: Table, tests: tuple[PairedTest, ...]) -> str:
+def what_came_out(
+    table: Table, tests: tuple[PairedTest, ...], reference: str | None
+) -> str:
     """Say the main result, its weakest site and its misses in a few sentences."""
     scored = [row for row in table.rows if math.isfinite(row.overall.mean)]
     if not scored:
@@ -51,7 +53,7 @@ def what_came_out(table: Table, tests: tuple[PairedTest, ...]) -> str:
         )
     if best.num_organs:
         sentences.append(_misses(best))
-    sentences += _against(best, tests)
+    sentences += _against(best, tests, reference)
     return " ".join(sentences)
 
 
@@ -119,11 +121,10 @@ def _how_compared(comparison: Comparison) -> list[str]:
     if comparison.is_single:
         sentences = [f"It used the strategy “{strategies[0]}” with seed {seeds[0]}."]
     else:
-        each = count(len(seeds), "random seed")
         num = len(strategies)
-        ways = f"{num} training strategies" if num > 1 else "One training strategy"
-        verb = "were" if num > 1 else "was"
-        sentences = [f"{ways} ({listing(strategies)}) {verb} run with {each} each."]
+        ways = f"{num} training strategies" if num > 1 else "one training strategy"
+        each = count(len(seeds), "random seed")
+        sentences = [f"It ran {ways} ({listing(strategies)}), each with {each}."]
     if ALONE in strategies:
         sentences.append(f"In “{ALONE}” each site trains alone.")
     pooled = [name for name in strategies if name in POOLED]
@@ -148,23 +149,27 @@ def _misses(best: Row) -> str:
     organs = count(best.num_organs, "organ")
     if not best.num_missed:
         return f"It missed none of {organs}."
-    return f"It missed {best.num_missed} of {organs} entirely."
+    seeds = count(len(best.seeds), "seed")
+    together = f", {seeds} taken together" if len(best.seeds) > 1 else ""
+    return f"It missed {best.num_missed} of {organs} entirely{together}."
 
 
-def _against(best: Row, tests: tuple[PairedTest, ...]) -> list[str]:
+def _against(
+    best: Row, tests: tuple[PairedTest, ...], reference: str | None
+) -> list[str]:
     """Compare the best row with the reference, without claiming more than is known."""
-    found = [test for test in tests if test.row == best.label and not test.site]
+    found = [test for test in tests if test.row == best.label]
     if not found:
         return []
     test = found[0]
-    clear = test.p_holm < 0.05
-    verdict = (
-        "a difference unlikely to be chance (p < 0.05 after correction)"
-        if clear
-        else "a difference that may be chance"
-    )
     points = signed_points(test.difference)
-    return [f"Against the reference it is {points} points, {verdict}."]
+    start = f"Compared with {reference}, case by case, it differs by {points} points"
+    seeds = test.seed_differences
+    if not test.p_holm < 0.05:
+        return [f"{start}, which may be chance."]
+    if seeds and min(seeds) * max(seeds) <= 0:
+        return [f"{start}, but not with every seed, so it should not be relied on."]
+    return [f"{start}, which is unlikely to be chance (p < 0.05 after correction)."]
 
 
 def _capital(text: str) -> str:

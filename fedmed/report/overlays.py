@@ -144,7 +144,7 @@ def _overlay(
 
 
 def _crop(overlay: Overlay) -> Overlay:
-    """Cut to about three times the organ, at least 40 mm, so that it can be seen."""
+    """Cut to about twice the organ, at least 40 mm, so that it can be seen."""
     shown = ((overlay.truth > 0) & (overlay.truth != UNKNOWN_LABEL)) | (
         overlay.prediction > 0
     )
@@ -155,7 +155,9 @@ def _crop(overlay: Overlay) -> Overlay:
         (span[-1] - span[0] + 1) * spacing
         for span, spacing in zip(spans, overlay.spacing_mm, strict=True)
     ]
-    side_mm = max(_MIN_SIDE_MM, 2.6 * max(lengths))
+    side_mm = max(_MIN_SIDE_MM, 2.2 * max(lengths))
+    if side_mm > 0.85 * max(_size_mm(overlay)):
+        return overlay
     parts = tuple(
         _window(span, side_mm / spacing, size)
         for span, spacing, size in zip(

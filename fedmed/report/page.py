@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "name": comparison.name,
         "table": table,
         "studied": narrative.what_was_studied(comparison, table),
-        "outcome": narrative.what_came_out(table, overall),
+        "outcome": narrative.what_came_out(table, overall, reference),
         "split": narrative.split_sentence(comparison),
         "sites": course_grids.sites_grid(comparison, table),
         "results": result_grids.results_grid(table),
@@ -100,6 +101,7 @@ def _pictures(comparison: Comparison, table: Table) -> dict[str, Any]:
         "curves": curve_panels(comparison),
         "cases": case_panels(comparison, table),
         "galleries": shown,
+        "opened": _opened(table, [gallery.label for gallery in shown]),
         "gallery_notes": notes,
         "class_colours": list(zip(names, colours, strict=True)),
         "truth_colour": TRUTH_COLOUR,
@@ -118,3 +120,11 @@ def _course(comparison: Comparison) -> dict[str, Any]:
         "settings": course_grids.settings_grid(comparison),
         "versions": course_grids.versions_grid(comparison),
     }
+
+
+def _opened(table: Table, labels: list[str]) -> str:
+    """Choose the gallery to show unfolded: the row with the highest overall score."""
+    rows = [row for row in table.rows if row.label in labels]
+    scored = [row for row in rows if math.isfinite(row.overall.mean)]
+    best = max(scored, key=lambda row: row.overall.mean, default=None)
+    return best.label if best else "".join(labels[:1])

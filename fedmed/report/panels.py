@@ -178,10 +178,8 @@ def _case_panel(
 ) -> Panel:
     ranges = [f"{k} {_range(found)}" for k, found in values.items()]
     alt = f"Dot and box plot of every case, {where}. Ranges: {listing(ranges)}."
-    return Panel(
-        draw_cases(values, name=name, x_label=label, alt=alt),
-        f"Every case as a dot, {where}; box: median and quartiles.",
-    )
+    svg = draw_cases(values, name=name, x_label=label, alt=alt)
+    return Panel(svg, f"{where.capitalize()}. A dot is a case; box: median, quartiles.")
 
 
 def _range(values: Sequence[float]) -> str:
@@ -226,7 +224,7 @@ def _gallery(label: str, sites: Mapping[str, tuple[Overlay, ...]]) -> Gallery:
 
 
 def _overlay_panel(overlay: Overlay, site: str, per_class: bool) -> Panel:
-    cut = ", cut out" if is_cropped(overlay) else ""
+    cut = ", enlarged" if is_cropped(overlay) else ""
     caption = (
         f"{overlay.rank.capitalize()}: {overlay.case_id}, "
         f"Dice {percent(overlay.dice)} %, slice {overlay.slice_index}{cut}"

@@ -24,12 +24,18 @@ def results_grid(table: Table) -> Grid:
     many = len(table.rows) > 1
     rows = []
     for row in table.rows:
-        cells = [_score_box(row.cells.get(s), many and best[s]) for s in table.sites]
+        cells = [
+            _score_box(row.cells.get(s), best[s] if many else math.nan)
+            for s in table.sites
+        ]
         worst = Box(
             percent(row.worst), row.worst_site, many and row.worst == best_worst
         )
         gain = Box(signed_points(row.overall.gain))
-        overall = _score_box(row.overall, many and best_overall)
+        overall = Box(
+            percent_with_spread(row.overall),
+            is_strong=many and row.overall.mean == best_overall,
+        )
         seeds = Box(str(len(row.seeds)), _seed_spread(row))
         rows.append((Box(row.label), *cells, overall, worst, gain, seeds))
     unseen = {s for row in table.rows for s, c in row.cells.items() if c.is_unseen}
@@ -84,6 +90,7 @@ def tests_grid(tests: Sequence[PairedTest], reference: str, *, by_site: bool) ->
         *(["Site"] if by_site else []),
         "Mean difference (points)",
         "95 % interval",
+        "Smallest to largest seed",
         "Better / worse / equal",
         "p",
         "p (Holm)",
@@ -153,7 +160,15 @@ def _test_row(test: PairedTest, by_site: bool) -> tuple[Box, ...]:
         *([Box(test.site)] if by_site else []),
         Box(signed_points(test.difference)),
         Box(interval),
+        Box(_seed_range(test)),
         Box(f"{test.num_better} / {test.num_worse} / {equal}"),
         Box(p_value(test.p)),
         Box(p_value(test.p_holm), is_strong=test.p_holm < 0.05),
     )
+
+
+def _seed_range(test: PairedTest) -> str:
+    found = test.seed_differences
+    if len(found) < 2:
+        return NO_VALUE
+    return f"{signed_points(min(found))} to {signed_points(max(found))}"

@@ -25,6 +25,9 @@ EXACT_UP_TO = 60
 NUM_RESAMPLES = 2000
 """Bootstrap draws behind a confidence interval."""
 
+Pairs = dict[str, np.ndarray]
+"""Site -> differences, one a case."""
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -40,6 +43,7 @@ class PairedTest:
         num_cases: Pairs.
         num_better: Pairs in which the strategy is better.
         num_worse: Pairs in which it is worse; the rest are equal.
+        seed_differences: `difference` of each seed that both have.
         p: Two-sided Wilcoxon signed-rank p-value; NaN if no pair differs.
         p_holm: The same after Holm's correction within its family: all strategies
             over all sites, or all strategies at each single site.
@@ -53,6 +57,7 @@ class PairedTest:
     num_cases: int
     num_better: int
     num_worse: int
+    seed_differences: tuple[float, ...]
     p: float
     p_holm: float = math.nan
 
@@ -78,10 +83,13 @@ def paired_tests(
         if against is None:
             continue
         pairs = _differences(mean_over_seeds(group), mean_over_seeds(against))
+        by_seed = _seed_pairs(group, against)
         label = row_label(group[0])
         if pairs:
-            overall.append(_test(label, "", pairs))
-        by_site += [_test(label, site, {site: pairs[site]}) for site in pairs]
+            overall.append(_test(label, "", pairs, by_seed))
+        for site, found in pairs.items():
+            at_site = [{site: seed[site]} for seed in by_seed if site in seed]
+            by_site.append(_test(label, site, {site: found}, at_site))
     return _corrected(overall), _corrected(by_site)
 
 
@@ -170,7 +178,7 @@ def _partner(
     return same[0] if same else None
 
 
-def _differences(scores: Scores, reference: Scores) -> dict[str, np.ndarray]:
+def _differences(scores: Scores, reference: Scores) -> Pairs:
     """Pair by site and case; what only one of the two has does not count."""
     pairs = {}
     for site in sorted(set(scores) & set(reference)):
@@ -182,23 +190,40 @@ def _differences(scores: Scores, reference: Scores) -> dict[str, np.ndarray]:
     return pairs
 
 
-def _test(label: str, site: str, pairs: dict[str, np.ndarray]) -> PairedTest:
+def _seed_pairs(group: Sequence[Entry], against: Sequence[Entry]) -> list[Pairs]:
+    """Pair seed by seed: what would one have seen with this seed alone?"""
+    found = []
+    for seed in sorted({entry.seed for entry in group}):
+        ours = [entry for entry in group if entry.seed == seed]
+        theirs = [entry for entry in against if entry.seed == seed]
+        pairs = _differences(mean_over_seeds(ours), mean_over_seeds(theirs))
+        if pairs:
+            found.append(pairs)
+    return found
+
+
+def _mean_difference(pairs: Pairs) -> float:
+    return mean_of_finite(float(np.mean(found)) for found in pairs.values())
+
+
+def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTest:
     pooled = np.concatenate(list(pairs.values()))
     low, high = _bootstrap_interval(pairs)
     return PairedTest(
         label,
         site,
-        mean_of_finite(float(np.mean(found)) for found in pairs.values()),
+        _mean_difference(pairs),
         low,
         high,
         len(pooled),
         int(np.sum(pooled > 0)),
         int(np.sum(pooled < 0)),
+        tuple(_mean_difference(found) for found in by_seed),
         wilcoxon_p(pooled),
     )
 
 
-def _bootstrap_interval(pairs: dict[str, np.ndarray]) -> tuple[float, float]:
+def _bootstrap_interval(pairs: Pairs) -> tuple[float, float]:
     """95 % percentile interval of the mean over sites of the mean over cases."""
     if min(len(found) for found in pairs.values()) < 2:
         return math.nan, math.nan

@@ -110,13 +110,10 @@ with “{{ reference }}”. Seeds of one case are averaged first.</p>
 {{ grid(site_tests) }}
 </details>
 <p class="note">p: two-sided Wilcoxon signed-rank test over cases. p (Holm): corrected
-for
-the number of tests in its table; bold below 0.05. Interval: bootstrap of cases within
-sites,
-not corrected. The test speaks about further cases of these same sites and these trained
-models, not about other hospitals. A difference smaller than the spread between seeds
-should
-not be relied on even if p is small.</p>
+for the number of tests in its table; bold below 0.05. Interval: bootstrap of cases
+within sites, not corrected. The test speaks about further cases of these same sites and
+these trained models, not about other hospitals. Where the seeds do not agree on the
+sign, a small p should not be relied on.</p>
 {% else %}
 <p class="none">No case was scored under two strategies, so nothing can be compared.</p>
 {% endif %}
@@ -152,18 +149,17 @@ case.</p>
 <span>{{ line(prediction_colour, "5 3") }} prediction, dashed</span>
 {% endif %}
 </div>
-<p class="note">Shown as radiologists hang axial slices: R marks the patient&rsquo;s right, on
-the
-left of the picture; A marks the front. Photographs are shown as taken. The Dice is that
+<p class="note">Shown as radiologists hang axial slices: R marks the right of the
+patient, on the left of the picture; A marks the front. Photographs are shown as taken. The Dice is that
 of
 the whole case, not of the slice. These are images of patients: treat this page as
 such.</p>
 {% for g in galleries %}
 {% if galleries | length > 1 %}
-<details{% if loop.first %} open{% endif %}><summary>{{ g.label }}</summary>
+<details{% if g.label == opened %} open{% endif %}><summary>{{ g.label }}</summary>
 {% endif %}
 {% for site, found in g.sites.items() %}
-<h3>{{ site }}</h3>
+<h3>Site {{ site }}</h3>
 <div class="pictures">
 {% for p in found %}{{ panel(p) }}{% endfor %}
 </div>
