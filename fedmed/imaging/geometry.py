@@ -86,7 +86,7 @@ def check_label(
     lowest, highest = min(targets), max(targets)
     outside = (stored_IJK < lowest) | (stored_IJK > highest)
     if np.any(outside):
-        raise _undeclared(np.unique(stored_IJK[outside]), targets, labels)
+        raise _undeclared(np.unique(stored_IJK[outside]).tolist(), targets, labels)
     steps = stored_IJK.astype(np.int32) - lowest
     counts = np.bincount(steps.ravel(order="K"), minlength=highest - lowest + 1)
     seen = [int(v) + lowest for v in np.flatnonzero(counts)]
@@ -120,7 +120,7 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
     if not np.array_equal(rounded, array):
         values = np.unique(array[rounded != array])
         raise CaseError(
-            f"the label holds values that are no integers: {_listed(values)}",
+            f"the label holds values that are no integers: {_listed(values.tolist())}",
             hint="A probability map, or a label resampled with interpolation?",
         )
     if array.size and float(np.max(np.abs(array))) > 2**31 - 1:
@@ -129,7 +129,7 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
 
 
 def _undeclared(
-    values: Iterable[float], targets: Mapping[int, int], labels: Mapping[int, str]
+    values: Iterable[int | float], targets: Mapping[int, int], labels: Mapping[int, str]
 ) -> CaseError:
     declared = ", ".join(f"{v} {labels[v]}" for v in sorted(labels))
     merged = sorted(set(targets) - set(labels))
@@ -150,7 +150,7 @@ def _corner_distance_mm(one: Volume, other: Volume) -> float:
     return float(np.max(np.linalg.norm(apart, axis=0)))
 
 
-def _listed(values: Iterable[float]) -> str:
+def _listed(values: Iterable[int | float]) -> str:
     items = [f"{float(v):g}" for v in values]
     more = (
         f" and {len(items) - _SHOWN_VALUES} more" if len(items) > _SHOWN_VALUES else ""
@@ -158,5 +158,5 @@ def _listed(values: Iterable[float]) -> str:
     return ", ".join(items[:_SHOWN_VALUES]) + more
 
 
-def _times(sizes: Iterable[float]) -> str:
+def _times(sizes: Iterable[int | float]) -> str:
     return " x ".join(f"{n:.4g}" for n in sizes)
