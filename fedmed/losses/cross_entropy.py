@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +29,8 @@ def cross_entropy(
 
     The sum is divided by N, not by the sum of the weights as in
     `torch.nn.CrossEntropyLoss`, so a voxel's weight does not depend on the others in
-    its batch. It is written out rather than taken from torch because torch's
-    has no deterministic form for images on a GPU.
+    its batch. It is written out because torch documents its own as not deterministic
+    on a GPU.
 
     Args:
         logits_BL: (B, L, ...), any float dtype; half precision is lifted to float32.
@@ -51,8 +52,8 @@ def cross_entropy(
     logits_BL = at_least_float32(logits_BL)
     one_hot_BL = one_hot_of_known(labels_B, num_classes=logits_BL.shape[1])
     surprise_BL = -torch.log_softmax(logits_BL, dim=1)
-    # where, not a product: an impossible class has infinite surprise, and 0 * inf = NaN
-    surprise_BL = torch.where(one_hot_BL, surprise_BL, 0.0)
+    # Filled, not multiplied: the surprise of an impossible class is infinite.
+    surprise_BL = surprise_BL.masked_fill(~one_hot_BL, 0.0)
     if class_weights is not None:
         surprise_BL = surprise_BL * _weights_like(surprise_BL, class_weights)
     return surprise_BL.sum() / one_hot_BL.sum().clamp(min=1)
@@ -61,7 +62,9 @@ def cross_entropy(
 def _weights_like(logits_BL: Tensor, class_weights: Sequence[float]) -> Tensor:
     """Give the weights a shape that multiplies (B, L, ...)."""
     num_classes = logits_BL.shape[1]
-    if len(class_weights) != num_classes or not all(w >= 0 for w in class_weights):
+    if len(class_weights) != num_classes or not all(
+        0 <= w < math.inf for w in class_weights
+    ):
         raise ConfigError(
             f"class_weights are {list(class_weights)}; {num_classes} numbers >= 0 "
             "were expected.",

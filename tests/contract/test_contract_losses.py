@@ -153,10 +153,11 @@ def test_float64_stays(name):
 
 
 @every_loss
-def test_a_label_that_is_no_class_is_refused(name):
+@pytest.mark.parametrize("strange", [NUM_CLASSES, -1, -100])
+def test_a_label_that_is_no_class_is_refused(name, strange):
     logits, labels = draw(SHAPES["2d"])
-    labels[0, 0, 0] = NUM_CLASSES
-    with pytest.raises(DataError, match=r"Labels \[3\]"):
+    labels[0, 0, 0] = strange
+    with pytest.raises(DataError, match=rf"Labels \[{strange}\]"):
         build_loss(name)(logits, labels)
 
 

@@ -16,6 +16,14 @@ def test_weights_multiply_and_do_not_normalise():
     torch.testing.assert_close(weighted, plain * (3 * 1.0 + 3.0) / 4)
 
 
+def test_a_class_that_the_model_excludes_does_no_harm():
+    logits = torch.tensor([[0.0, -torch.inf]], requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0
+    assert not gradient.any()
+
+
 def test_the_mean_is_over_known_voxels():
     logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.full((1, 4, 4), UNKNOWN_LABEL)
@@ -32,7 +40,9 @@ def test_confident_and_wrong_stays_finite_with_a_gradient():
     torch.testing.assert_close(gradient, torch.tensor([[1.0, -1.0]]))
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, float("nan")]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]]
+)
 def test_weights_that_do_not_fit_are_refused(weights):
     with pytest.raises(ConfigError, match="class_weights"):
         cross_entropy(torch.zeros(1, 2), torch.tensor([0]), class_weights=weights)

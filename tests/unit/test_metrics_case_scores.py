@@ -75,6 +75,22 @@ def test_unknown_voxels_count_for_neither_side():
     assert result.volume_ml_prediction == result.volume_ml_label
 
 
+def test_the_cut_at_unknown_voxels_is_no_surface():
+    # Annotated in one slice: its outline is the surface, its inside is not.
+    label = np.full(SHAPE, UNKNOWN_LABEL, dtype=np.uint8)
+    label[:, :, 4] = block()[:, :, 4]
+    wider = block(1, 1, 7)
+    [in_volume] = score(wider, label)
+    [in_plane] = score_case(
+        wider[..., 4:5],
+        label[..., 4:5],
+        spacing_mm=SPACING_MM,
+        class_names={1: "liver"},
+    )
+    assert in_volume == in_plane
+    assert in_volume.asd_mm_gt2pred > 3.0
+
+
 def test_region_is_another_word_for_known():
     label, prediction = block(), block()
     prediction[:, :, 8:] = 1
