@@ -1,18 +1,19 @@
 """What a hospital keeps for itself between messages, versioned by round.
 
-The state after round 7 is one file; while round 8 goes on, its exchanges are staged
-beside it, and become version 8 when the server says that the round counts. A round
-that is tried again, a server that falls back to an older checkpoint and a process
-that dies at any instant all find the version they need.
+The state after round 7 is one file. While round 8 goes on, the state after each
+answer is staged under the token of the message; the server's next message names the
+token it goes on from, and the end of the round makes one state version 8. A round that
+is tried again, a server that falls back to an older checkpoint and a process that dies
+at any instant all find the state they need.
 
-    private/                      0700
-        round-000007.safetensors  0600, version 7
-        stage-000008-000001.safetensors   round 8 after exchange 1 (durable hosts)
+    private/                                   0700
+        round-000007.safetensors               0600, version 7
+        stage-000012-<hash of token>.safetensors     (durable hosts only)
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,11 +29,9 @@ from fedmed.storage import remove_leftovers, storage_errors, sync_folder
 from fedmed.strategy import Private
 
 _VERSION = re.compile(r"round-(\d{6,})\.safetensors")
-_STAGE = re.compile(r"stage-(\d{6,})-(\d{6,})\.safetensors")
+_STAGE = re.compile(r"stage-(\d{6,})-([0-9a-f]{16})\.safetensors")
 _KEPT_STAGES = 2
-
-Stamp = tuple[int, int]
-"""Round and index of an exchange in it."""
+"""The answer the server may go on from, and the newer one it may never have got."""
 
 
 class PrivateStore:
@@ -44,16 +43,16 @@ class PrivateStore:
     Args:
         folder: The site's own folder; made, and closed to other users.
         keep: How many versions stay; the server may fall back by `keep - 1` rounds.
-        durable: The process may change between two exchanges: stages are written to
+        durable: The process may change between two messages: stages are written to
             disk at once and read from there. Otherwise they stay in memory.
 
     Example:
         >>> import pathlib, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = PrivateStore(pathlib.Path(folder))
-        ...     store.stage(1, 0, Private(facts={"steps": 5}))
-        ...     store.commit(1)
-        ...     store.load(1).facts
+        ...     store.stage("1.0.0", Private(facts={"steps": 5}))
+        ...     store.commit(1, store.staged("1.0.0"))
+        ...     store.committed(1).facts
         {'steps': 5}
     """
 
@@ -61,7 +60,7 @@ class PrivateStore:
         self._folder = folder
         self._keep = keep
         self._durable = durable
-        self._stages: dict[Stamp, Private] = {}
+        self._stages: dict[str, Private] = {}
         self._newest: tuple[int, Private] | None = None
         with storage_errors(folder.name):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -71,6 +70,14 @@ class PrivateStore:
     def versions(self) -> tuple[int, ...]:
         """Rounds that left a version on disk, ascending."""
         return numbered(self._folder, _VERSION)
+
+    def committed(self, version: int) -> Private:
+        """Give the private state after a round; empty if nothing was kept so far.
+
+        Raises:
+            StorageError: See `load`.
+        """
+        return self.load(version) or Private()
 
     def load(self, version: int) -> Private | None:
         """Give the private state as it was after a round.
@@ -100,72 +107,57 @@ class PrivateStore:
             self._newest = (older[-1], _copy(private))
         return private
 
-    def stage(self, number: int, exchange: int, private: Private) -> None:
-        """Note the state after one exchange of a round that does not count yet.
+    def stage(self, token: str, private: Private) -> None:
+        """Note the state after one answer that may not count.
 
         Args:
-            number: The round.
-            exchange: Index of the exchange; a repeated one replaces its first result.
+            token: Names the message that was answered; the newest two are kept.
             private: The state.
 
         Raises:
             StorageError: If it cannot be written (durable stores only).
         """
-        stamp = (number, exchange)
-        for other in self._stamps():
-            if other[0] != number or other[1] > exchange:
-                self._forget(other)
         if self._durable:
             # Without fsync: a stage need not survive the machine, only the process.
-            self._write(self._stage_path(stamp), stamp, private, sync=False)
-        else:
-            self._stages[stamp] = _copy(private)
-        for other in self._stamps()[:-_KEPT_STAGES]:
-            self._forget(other)
+            self._write(self._new_stage(token), {"token": token}, private, sync=False)
+            with storage_errors(self._folder.name):
+                for path in self._stage_paths()[:-_KEPT_STAGES]:
+                    path.unlink(missing_ok=True)
+            return
+        self._stages.pop(token, None)
+        self._stages[token] = _copy(private)
+        for old in list(self._stages)[:-_KEPT_STAGES]:
+            del self._stages[old]
 
-    def staged(self, number: int, *, before: int | None = None) -> Private | None:
-        """Give the newest staged state of a round.
-
-        Args:
-            number: The round.
-            before: Only stages of earlier exchanges: the server repeats an exchange
-                whose reply was lost, and its first result must not count twice.
+    def staged(self, token: str) -> Private | None:
+        """Give the state after the answer to one message.
 
         Returns:
-            The state, or None if nothing was staged: the round starts from
-            `load(number - 1)`.
+            The state, or None if it is not there: the process that had it is gone, or
+            two newer ones were staged.
 
         Raises:
             StorageError: If the file is damaged.
         """
-        stamps = [
-            stamp
-            for stamp in self._stamps()
-            if stamp[0] == number and (before is None or stamp[1] < before)
-        ]
-        if not stamps:
-            return None
         if not self._durable:
-            return _copy(self._stages[stamps[-1]])
-        private, header = self._read(self._stage_path(stamps[-1]))
-        if (header["round"], header["exchange"]) != stamps[-1]:
-            raise StorageError(f"private stage {stamps[-1]} holds another exchange")
-        return private
+            private = self._stages.get(token)
+            return None if private is None else _copy(private)
+        for path in reversed(self._stage_paths()):
+            if path.stem.endswith(_hash(token)):
+                private, header = self._read(path)
+                return private if header["token"] == token else None
+        return None
 
-    def commit(self, number: int) -> None:
-        """Make the newest stage of a round its version; without one, nothing changes.
-
-        May be repeated. Older versions beyond `keep` are deleted.
+    def commit(self, number: int, private: Private) -> None:
+        """Make a state the version of a round; older ones beyond `keep` are deleted.
 
         Raises:
             StorageError: If it cannot be written; what was there is intact.
         """
-        stamps = [stamp for stamp in self._stamps() if stamp[0] == number]
-        if stamps:
-            self._commit(stamps[-1])
-        for stamp in self._stamps():
-            if stamp[0] <= number:
-                self._forget(stamp)
+        earlier = [version for version in self.versions() if version < number]
+        header = {"round": number, "previous": earlier[-1] if earlier else None}
+        self._write(self._version_path(number), header, private, sync=True)
+        self._newest = None if self._durable else (number, _copy(private))
         with storage_errors(self._folder.name):
             for old in self.versions()[: -self._keep]:
                 self._version_path(old).unlink(missing_ok=True)
@@ -176,37 +168,27 @@ class PrivateStore:
         Raises:
             StorageError: If a file cannot be deleted.
         """
-        for stamp in self._stamps():
-            self._forget(stamp)
+        self._stages.clear()
         self._newest = None
         with storage_errors(self._folder.name):
+            for path in self._stage_paths():
+                path.unlink(missing_ok=True)
             for newer in [v for v in self.versions() if v > number]:
                 self._version_path(newer).unlink(missing_ok=True)
             sync_folder(self._folder)
 
-    def _commit(self, stamp: Stamp) -> None:
-        path = self._version_path(stamp[0])
-        if self._durable:
-            stage = self._stage_path(stamp)
-            with storage_errors(path.name):
-                _sync_file(stage)
-                os.replace(stage, path)
-                sync_folder(self._folder)
-        else:
-            self._write(path, stamp, self._stages[stamp], sync=True)
-            self._newest = (stamp[0], self._stages[stamp])
+    def _stage_paths(self) -> list[Path]:
+        """Files of stages, oldest first; another process may have written them."""
+        return sorted(
+            (path for path in self._folder.iterdir() if _STAGE.fullmatch(path.name)),
+            key=lambda path: int(path.name.split("-")[1]),
+        )
 
-    def _stamps(self) -> list[Stamp]:
-        """Stages in ascending order; the disk knows what another process staged."""
-        if not self._durable:
-            return sorted(self._stages)
-        found = (_STAGE.fullmatch(path.name) for path in self._folder.iterdir())
-        return sorted((int(match[1]), int(match[2])) for match in found if match)
-
-    def _forget(self, stamp: Stamp) -> None:
-        self._stages.pop(stamp, None)
-        with storage_errors(self._folder.name):
-            self._stage_path(stamp).unlink(missing_ok=True)
+    def _new_stage(self, token: str) -> Path:
+        """Name a stage; the token comes from the server and never names a file."""
+        paths = self._stage_paths()
+        sequence = int(paths[-1].name.split("-")[1]) + 1 if paths else 0
+        return self._folder / f"stage-{sequence:06d}-{_hash(token)}.safetensors"
 
     def _refuse_if_pruned(self, version: int) -> None:
         versions = self.versions()
@@ -219,13 +201,9 @@ class PrivateStore:
                 hint="Resume from a newer checkpoint, or start the run anew.",
             )
 
-    def _write(self, path: Path, stamp: Stamp, private: Private, *, sync: bool) -> None:
-        earlier = [number for number in self.versions() if number < stamp[0]]
-        header = {
-            "round": stamp[0],
-            "exchange": stamp[1],
-            "previous": earlier[-1] if earlier else None,
-        }
+    def _write(
+        self, path: Path, header: Mapping[str, Any], private: Private, *, sync: bool
+    ) -> None:
         content = {"header": header, "facts": private.facts}
         write_tree(path, private.states, content, mode=0o600, sync=sync)
 
@@ -235,9 +213,6 @@ class PrivateStore:
 
     def _version_path(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.safetensors"
-
-    def _stage_path(self, stamp: Stamp) -> Path:
-        return self._folder / f"stage-{stamp[0]:06d}-{stamp[1]:06d}.safetensors"
 
 
 def _copy(private: Private) -> Private:
@@ -260,9 +235,5 @@ def _copy_json(value: Any) -> Any:
     return value
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hash(token: str) -> str:
+    return hashlib.blake2b(token.encode(), digest_size=8).hexdigest()

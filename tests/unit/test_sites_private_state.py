@@ -36,22 +36,24 @@ def reopened(store: PrivateStore) -> PrivateStore:
 
 
 def run_round(store: PrivateStore, number: int) -> None:
-    store.stage(number, 0, private(number + 0.25))
-    store.stage(number, 1, private(float(number)))
-    store.commit(number)
+    store.stage(f"{number}.0.0", private(number + 0.25))
+    store.stage(f"{number}.0.1", private(float(number)))
+    staged = store.staged(f"{number}.0.1")
+    assert staged is not None
+    store.commit(number, staged)
 
 
 def test_a_new_site_has_nothing(store: PrivateStore) -> None:
     assert store.load(0) is None
     assert store.load(5) is None
-    assert store.staged(1) is None
+    assert store.staged("1.0.0") is None
+    assert store.committed(5) == Private()
 
 
 def test_a_committed_round_comes_back_bit_for_bit(store: PrivateStore) -> None:
     facts = {"x": 0.1, "nan": math.nan, "list": [1, None]}
     before = Private(states={"kept": private(2.0).states["kept"], "e": {}}, facts=facts)
-    store.stage(1, 0, before)
-    store.commit(1)
+    store.commit(1, before)
     for one in (store, reopened(store)):
         after = one.load(1)
         assert after is not None
@@ -62,26 +64,32 @@ def test_a_committed_round_comes_back_bit_for_bit(store: PrivateStore) -> None:
 
 def test_a_staged_round_does_not_count_yet(store: PrivateStore) -> None:
     run_round(store, 1)
-    store.stage(2, 0, private(2.0))
+    store.stage("2.0.0", private(2.0))
     assert value(store.load(2)) == 1.0
-    assert value(store.staged(2)) == 2.0
+    assert value(store.staged("2.0.0")) == 2.0
     assert value(reopened(store).load(2)) == 1.0
 
 
-def test_a_repeated_exchange_starts_from_the_one_before(store: PrivateStore) -> None:
+def test_the_server_names_the_answer_it_goes_on_from(store: PrivateStore) -> None:
     for exchange in range(4):
-        store.stage(1, exchange, private(float(exchange)))
-    assert value(store.staged(1)) == 3.0
-    assert value(store.staged(1, before=3)) == 2.0
-    store.stage(1, 3, private(33.0))
-    assert value(store.staged(1, before=3)) == 2.0
-    store.commit(1)
-    assert value(store.load(1)) == 33.0
+        store.stage(f"1.0.{exchange}", private(float(exchange)))
+    assert value(store.staged("1.0.3")) == 3.0
+    assert value(store.staged("1.0.2")) == 2.0
+    assert store.staged("1.0.1") is None
+    store.stage("1.0.3", private(33.0))
+    assert value(store.staged("1.0.3")) == 33.0
+    assert store.staged("1.0") is None
+
+
+def test_a_token_never_names_a_file(store: PrivateStore) -> None:
+    token = "../../evil\0"
+    store.stage(token, private(1.0))
+    assert value(store.staged(token)) == 1.0
+    assert [p.name for p in store._folder.parent.iterdir()] == ["private"]
 
 
 def test_a_round_without_news_keeps_the_version_before(store: PrivateStore) -> None:
     run_round(store, 1)
-    store.commit(2)
     run_round(store, 3)
     assert [value(store.load(v)) for v in (1, 2, 3, 4)] == [1.0, 1.0, 3.0, 3.0]
     assert store.load(0) is None
@@ -89,7 +97,7 @@ def test_a_round_without_news_keeps_the_version_before(store: PrivateStore) -> N
 
 def test_commit_may_be_repeated(store: PrivateStore) -> None:
     run_round(store, 1)
-    store.commit(1)
+    store.commit(1, private(1.0))
     assert value(reopened(store).load(1)) == 1.0
 
 
@@ -107,10 +115,10 @@ def test_only_three_versions_stay_and_older_ones_are_not_guessed(
 def test_discard_after_rolls_back(store: PrivateStore) -> None:
     for number in (1, 2, 3):
         run_round(store, number)
-    store.stage(4, 0, private(4.0))
+    store.stage("4.0.0", private(4.0))
     store.discard_after(1)
     for one in (store, reopened(store)):
-        assert one.staged(4) is None
+        assert one.staged("4.0.0") is None
         assert one.versions() == (1,)
         assert value(one.load(3)) == 1.0
 
@@ -122,20 +130,16 @@ def test_a_site_that_joined_late_rolls_back_to_nothing(store: PrivateStore) -> N
     assert store.load(5) is None
 
 
-def test_a_new_attempt_forgets_the_stages_of_the_old_one(store: PrivateStore) -> None:
-    store.stage(1, 0, private(1.0))
-    store.stage(1, 1, private(2.0))
-    store.stage(1, 0, private(3.0))
-    assert value(store.staged(1)) == 3.0
-
-
 def test_what_was_stored_does_not_change_with_its_owner(store: PrivateStore) -> None:
     network = {"w": torch.ones(2)}
     facts = {"list": [1]}
-    store.stage(1, 0, Private(states={"kept": network}, facts=facts))
+    store.stage("t", Private(states={"kept": network}, facts=facts))
     network["w"] += 1
     facts["list"].append(2)
-    store.commit(1)
+    staged = store.staged("t")
+    assert staged is not None
+    store.commit(1, staged)
+    staged.states["kept"]["w"] += 1
     loaded = store.load(1)
     assert loaded is not None
     loaded.states["kept"]["w"] += 5
@@ -147,24 +151,22 @@ def test_what_was_stored_does_not_change_with_its_owner(store: PrivateStore) -> 
 
 def test_durable_stages_survive_a_change_of_process(tmp_path: Path) -> None:
     one, two = (PrivateStore(tmp_path, durable=True) for _ in range(2))
-    one.stage(1, 0, private(1.0))
-    two.stage(1, 1, private(2.0))
-    assert value(one.staged(1)) == 2.0
-    assert value(one.staged(1, before=1)) == 1.0
-    one.commit(1)
+    one.stage("a", private(1.0))
+    two.stage("b", private(2.0))
+    assert value(one.staged("b")) == 2.0
+    assert value(two.staged("a")) == 1.0
+    one.commit(1, private(2.0))
     assert value(two.load(1)) == 2.0
     one.discard_after(0)
-    one.stage(1, 0, private(7.0))
-    one.commit(1)
+    one.commit(1, private(7.0))
     assert value(two.load(1)) == 7.0
 
 
 def test_files_are_for_the_owner_only(store: PrivateStore) -> None:
     store._folder.chmod(0o755)
     reopened(store)
-    store.stage(1, 0, private(1.0))
-    store.commit(1)
-    store.stage(2, 0, private(1.0))
+    store.stage("t", private(1.0))
+    store.commit(1, private(1.0))
     assert store._folder.stat().st_mode & 0o777 == 0o700
     for path in store._folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
