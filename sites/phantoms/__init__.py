@@ -1,0 +1,1 @@
+"""Parts of the phantom hospitals: bodies, scanners, annotators, presets."""
