@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,8 @@ def open_dataset(
     Args:
         name: A module in `sites`, e.g. "folder", or `package.module`.
         root: The data set's folder, or a folder that holds it under its usual name.
-            None: the folder named by the environment variable FEDMED_DATA.
+            None: the folder named by the environment variable FEDMED_DATA, unless the
+            data set makes its own images.
         options: The module's options.
 
     Returns:
@@ -59,10 +61,14 @@ def open_dataset(
         DataError: If the folder is not there or holds no usable data.
     """
     module = load_dataset_module(name)
-    folder = find_root(root, usual_name=getattr(module, "FOLDER", ""))
+    _check_option_names(module, options)
+    folder = None
+    if root is not None or not _makes_its_own(module):
+        folder = find_root(root, usual_name=getattr(module, "FOLDER", ""))
     opened: tuple[SourceSite, ...] = module.open_sites(folder, **options)
     _refuse_twins(opened)
-    card: DatasetCard = module.card(folder, **options)
+    where = {"root": folder} if "root" in _parameters(module.card) else {}
+    card: DatasetCard = module.card(**where, **options)
     return card, opened
 
 
@@ -147,6 +153,29 @@ def _modules() -> list[tuple[str, Path]]:
         for found in pkgutil.iter_modules([folder])
         if not found.ispkg
     ]
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _makes_its_own(module: ModuleType) -> bool:
+    """Whether a data set needs no folder: its `open_sites` takes None for `root`."""
+    root = _parameters(module.open_sites).get("root")
+    return root is None or "None" in str(root.annotation)
+
+
+def _check_option_names(module: ModuleType, options: Mapping[str, Any]) -> None:
+    """Name a wrong option of a module that lists its options as parameters."""
+    parameters = _parameters(module.open_sites)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [name for name in parameters if name != "root"]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"unknown dataset option {name!r}", hint=nearest(str(name), known)
+            )
 
 
 def _refuse_twins(opened: tuple[SourceSite, ...]) -> None:

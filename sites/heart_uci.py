@@ -25,7 +25,9 @@ Source:
 
 from __future__ import annotations
 
+import contextlib
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,10 +210,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            columns, rows = tuple(reader.fieldnames or ()), list(reader)
     except (UnicodeDecodeError, csv.Error):
         raise DataError(f"{where} is no table of text") from None
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    if columns != COLUMNS:
         raise DataError(f"{where}: expected the columns {', '.join(COLUMNS)}")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
@@ -391,10 +393,17 @@ def _fixed_scales(num_features: int) -> tuple[np.ndarray, np.ndarray]:
     return centre_F, scale_F
 
 
+def _encodable(rows: list[dict[str, str]], encoding: str) -> Iterator[np.ndarray]:
+    """Give the rows that can be used; the others are quarantined one by one."""
+    for row in rows:
+        with contextlib.suppress(CaseError):
+            yield encode("", row, encoding=encoding)
+
+
 def _site_scales(
     rows: list[dict[str, str]], encoding: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    table = np.stack([encode("of the site", row, encoding=encoding) for row in rows])
+    table = np.stack(list(_encodable(rows, encoding)))
     known = np.isfinite(table)
     count_F = np.maximum(known.sum(axis=0), 1)
     centre_F = np.where(known, table, 0).sum(axis=0) / count_F

@@ -30,10 +30,12 @@ def write_nifti_case(  # noqa: PLR0913 (keyword-only after two)
         label_path: Where the label map goes; None: nowhere.
         seed: Seed of the noise.
         axes: Axis codes on disk, e.g. "LPS"; the anatomy stays the same.
-        label_IJK: uint8 label in RAS order; None: a box of label 1 in 8 x 8 x 4.
+        label_IJK: uint8 label in RAS order; None: a box of label 1 in 8 x 8 x 4,
+            a few voxels missing, so that no two cases are equal.
         spacing_mm: Voxel size in RAS order.
     """
-    label = box_label((8, 8, 4)) if label_IJK is None else label_IJK
+    label = _worn(box_label((8, 8, 4)), seed, image_path.name)
+    label = label if label_IJK is None else label_IJK
     noise = numpy_rng(seed, "miniature", image_path.name).normal(0, 8, label.shape)
     values = np.round(100 + 50 * label + noise).clip(0).astype(np.int16)
     _save_nifti(values, image_path, axes=axes, spacing_mm=spacing_mm)
@@ -49,7 +51,7 @@ def write_png_case(image_path: Path, label_path: Path | None, *, seed: int) -> N
         label_path: Where the mask goes; None: nowhere.
         seed: Seed of the noise.
     """
-    label = box_label((12, 10, 1))[..., 0]
+    label = _worn(box_label((12, 10, 1))[..., 0], seed, image_path.name)
     noise = numpy_rng(seed, "miniature", image_path.name).normal(0, 8, label.shape)
     save_picture((100 + 50 * label + noise).clip(0, 255).astype(np.uint8), image_path)
     if label_path is not None:
@@ -72,6 +74,11 @@ def box_label(shape: tuple[int, int, int]) -> np.ndarray:
     label = np.zeros(shape, np.uint8)
     label[tuple(slice(size // 4, max(1, size - size // 4)) for size in shape)] = 1
     return label
+
+
+def _worn(label: np.ndarray, seed: int, name: str) -> np.ndarray:
+    kept = numpy_rng(seed, "worn", name).uniform(size=label.shape) > 0.1
+    return (label * kept).astype(np.uint8)
 
 
 def _save_nifti(

@@ -43,6 +43,7 @@ from fedmed.imaging.geometry import check_pair
 from fedmed.imaging.pairs import read_image_label
 from fedmed.imaging.pictures import read_picture
 from fedmed.imaging.volume import Volume, read_volume
+from fedmed.seeds import numpy_rng
 from sites.folder import image_layout
 from sites.listing import (
     Listing,
@@ -269,12 +270,11 @@ def write_miniature(root: Path, seed: int) -> None:
         "numTraining": 3,
         "file_ending": ".nii.gz",
     }
-    label = box_label((8, 8, 4))
-    label[0, 0, 0] = 2
     for site in ("alpha", "beta"):
         folder = root / site
         for index in range(3):
             stem = f"{site}_{index:03d}"
+            label = _worn_label(seed, stem)
             for channel in range(2):
                 write_nifti_case(
                     folder / "imagesTr" / f"{stem}_{channel:04d}.nii.gz",
@@ -285,6 +285,13 @@ def write_miniature(root: Path, seed: int) -> None:
         (folder / "dataset.json").write_text(json.dumps(said), encoding="utf-8")
     (root / "alpha" / "imagesTr" / "alpha_002_0001.nii.gz").unlink()
     (root / "beta" / "labelsTr" / "beta_002.nii.gz").unlink()
+
+
+def _worn_label(seed: int, stem: str) -> np.ndarray:
+    kept = numpy_rng(seed, "nnunet", stem).uniform(size=(8, 8, 4)) > 0.1
+    label = (box_label((8, 8, 4)) * kept).astype(np.uint8)
+    label[0, 0, 0] = 2
+    return label
 
 
 _Files = tuple[tuple[Path, ...], Path | None]

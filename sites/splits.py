@@ -44,15 +44,16 @@ def split_by_subject(
         fractions: Split name -> fraction of the subjects, in [0, 1], summing to 1.
         seed: The study's seed.
         site_id: The site, part of the hash.
-        assignment: case_id -> split name, which then replaces `fractions`.
+        assignment: case_id -> split name, which then replaces `fractions`. It may
+            name further cases, since a quarantined case is not among `refs`.
 
     Returns:
         All three splits, possibly empty; cases in sorted `case_id` order.
 
     Raises:
         ConfigError: If `fractions` names an unknown split or does not sum to 1.
-        DataError: If `assignment` misses a case, names an unknown one, or puts a
-            subject into two splits.
+        DataError: If `assignment` leaves out a case, or puts a subject into two
+            splits.
     """
     subjects: dict[str, list[CaseRef]] = defaultdict(list)
     for ref in refs:
@@ -176,12 +177,12 @@ def _assigned(
     site_id: str,
 ) -> dict[str, str]:
     case_ids = {ref.case_id for refs in subjects.values() for ref in refs}
-    missing, unknown = sorted(case_ids - set(assignment)), set(assignment) - case_ids
-    if missing or unknown:
+    missing = sorted(case_ids - set(assignment))
+    if missing:
         raise DataError(
-            f"the fixed split of site {site_id} does not fit its cases: "
-            f"{len(missing)} case(s) without a split, {len(unknown)} unknown case(s)",
-            hint=f"first: {(missing or sorted(unknown))[0]}",
+            f"the fixed split of site {site_id} leaves out {len(missing)} of "
+            f"{len(case_ids)} case(s), first {missing[0]}",
+            hint="every case needs a row in the split table",
         )
     chosen: dict[str, str] = {}
     for subject, refs in subjects.items():
