@@ -41,8 +41,8 @@ class Norm:
     """
 
     kind: str = "batch"
-    eps: float = 1e-5
-    momentum: float = 0.1
+    eps: float | int = 1e-5
+    momentum: float | int = 0.1
     max_groups: int = 8
     affine: bool = True
     site_ids: tuple[str, ...] = ()

@@ -42,11 +42,11 @@ class Augmentation:
     """
 
     flip_axes: str = ""
-    rotate_deg: float = 0.0
-    scale: float = 0.0
-    gamma: float = 0.0
-    brightness: float = 0.0
-    noise_std: float = 0.0
+    rotate_deg: float | int = 0.0
+    scale: float | int = 0.0
+    gamma: float | int = 0.0
+    brightness: float | int = 0.0
+    noise_std: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rotate_deg", "scale", "gamma", "brightness", "noise_std"):

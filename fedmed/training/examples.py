@@ -111,7 +111,7 @@ class ExampleIndex:
         num_slices: int = 1,
         patch_size: Sequence[int] | None = None,
         patches_per_case: int = 1,
-        foreground_fraction: float = 0.0,
+        foreground_fraction: float | int = 0.0,
         augmentation: Augmentation | Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(augmentation, Augmentation):
@@ -341,7 +341,7 @@ def _pad_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
 
 
 def _check_drawing(
-    mode: str, patches: int, foreground: float, augmentation: Augmentation
+    mode: str, patches: int, foreground: float | int, augmentation: Augmentation
 ) -> None:
     if patches < 1 or not 0 <= foreground <= 1:
         raise ConfigError(

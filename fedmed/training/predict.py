@@ -32,7 +32,7 @@ def predict_case(  # noqa: PLR0913 - each is one choice of a study
     num_slices: int = 1,
     batch_size: int = 8,
     patch_size: Sequence[int] | None = None,
-    overlap: float = 0.5,
+    overlap: float | int = 0.5,
     blending: Blending = "gaussian",
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
@@ -87,7 +87,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def window_starts(size: int, patch: int, overlap: float) -> list[int]:
+def window_starts(size: int, patch: int, overlap: float | int) -> list[int]:
     """Place windows along one axis, evenly, from the first voxel to the last.
 
     Example:
@@ -129,7 +129,7 @@ def blending_weights(patch_size: Sequence[int], blending: Blending) -> np.ndarra
 
 class _Windows:
     def __init__(
-        self, size: tuple[int, ...], overlap: float, blending: Blending
+        self, size: tuple[int, ...], overlap: float | int, blending: Blending
     ) -> None:
         self.size = size
         self.overlap = overlap
