@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from fedmed.errors import FedMedError
 from fedmed.message import Answer, Message, SiteId
 
 AnyTransport = TypeVar("AnyTransport")
@@ -90,3 +91,15 @@ class Transport(abc.ABC):
     def __exit__(self, *_: object) -> None:
         """Close, whatever happened."""
         self.close()
+
+
+def check_addressed(
+    messages: Mapping[SiteId, Message], known: tuple[SiteId, ...]
+) -> None:
+    """Raise if a message is for a site that the transport was not opened for."""
+    strangers = sorted(set(messages) - set(known))
+    if strangers:
+        raise FedMedError(
+            f"messages for sites that take no part: {', '.join(strangers)}",
+            hint=f"the transport was opened for: {', '.join(sorted(known))}",
+        )

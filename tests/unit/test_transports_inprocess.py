@@ -14,6 +14,8 @@ from fedmed.transports.transport import Host, HostSpec
 
 LOG: list[tuple[str, str]] = []
 THREADS: list[int] = []
+KEPT: list[torch.Tensor] = []
+HEADERS: list[Mapping[str, Any]] = []
 
 
 class Toy:
@@ -26,6 +28,10 @@ class Toy:
     def handle(self, message: Message) -> Message:
         LOG.append((self.site_id, message.kind))
         THREADS.append(torch.get_num_threads())
+        if message.kind == "keep":
+            KEPT.append(message.tensors["x"])
+            HEADERS.append(message.header)
+            return Message("ok")
         if message.kind == "foreign":
             raise FileNotFoundError("/data/DOE_JANE/scan.nii.gz")
         if message.kind == "policy":
@@ -65,8 +71,8 @@ SITES = ("b", "a", "empty", "bad_closer")
 
 @pytest.fixture
 def transport() -> Iterator[InProcessTransport]:
-    LOG.clear()
-    THREADS.clear()
+    for record in (LOG, THREADS, KEPT, HEADERS):
+        record.clear()
     with InProcessTransport() as opened:
         opened.open(HostSpec(f"{__name__}:open_toy", {}), SITES)
         yield opened
@@ -119,22 +125,27 @@ def test_replies_do_not_change_when_the_host_works_on(
 
 
 def test_sent_tensor_may_be_changed_afterwards() -> None:
-    kept: list[torch.Tensor] = []
-
-    class Keeper(Toy):
-        def handle(self, message: Message) -> Message:
-            kept.append(message.tensors["x"])
-            return Message("ok")
-
+    KEPT.clear()
     weights = torch.nn.Parameter(torch.ones(3))
     with InProcessTransport() as transport:
         transport.open(HostSpec(f"{__name__}:open_toy", {}), ("a",))
-        transport._hosts["a"] = Keeper("a")
         transport.exchange({"a": Message("keep", {}, {"x": weights})})
     with torch.no_grad():
         weights.sub_(1.0)
-    assert kept[0].tolist() == [1.0] * 3
-    assert not kept[0].requires_grad
+    assert KEPT[0].tolist() == [1.0] * 3
+    assert not KEPT[0].requires_grad
+
+
+def test_message_arrives_as_it_would_from_another_machine(
+    transport: InProcessTransport,
+) -> None:
+    image = torch.arange(24.0).reshape(1, 2, 3, 4)
+    image = image.to(memory_format=torch.channels_last)
+    header = {"steps": (1, 2), "classes": {3: "liver"}}
+    transport.exchange({"a": Message("keep", header, {"x": image})})
+    assert KEPT[0].is_contiguous()
+    assert torch.equal(KEPT[0], image)
+    assert HEADERS[0] == {"steps": [1, 2], "classes": {"3": "liver"}}
 
 
 def test_foreign_exception_text_stays_inside(transport: InProcessTransport) -> None:
