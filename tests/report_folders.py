@@ -229,6 +229,7 @@ def _summary(plan: Plan, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _write_overlays(folder: Path, plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
     for site in plan.sites:
         last = [r for r in rows if r["site"] == site and r["round"] == plan.num_rounds]
+        last = [row for row in last if row["class"] == plan.classes[0]]
         ordered = sorted(last, key=lambda row: float(row["dice"]))
         picked = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
         target = folder / "sites" / site / "overlays"

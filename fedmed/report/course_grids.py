@@ -21,8 +21,9 @@ def sites_grid(comparison: Comparison, table: Table) -> Grid:
     """List the sites: who, which scanner, how many cases; empty columns drop out."""
     data = merged_data(comparison)
     sites = sorted(set(data) | set(table.sites))
-    held_out = {site for e in comparison.entries for site in e.run.held_out}
-    rows = [_site_row(site, data.get(site) or {}, site in held_out) for site in sites]
+    rows = [
+        _site_row(site, data.get(site) or {}, _role(site, comparison)) for site in sites
+    ]
     titles = tuple(rows[0]) if rows else ("Site",)
     used = [t for t in titles if t == "Site" or any(row[t] for row in rows)]
     boxes = tuple(tuple(Box(row[title] or NO_VALUE) for title in used) for row in rows)
@@ -71,13 +72,15 @@ def events_grid(comparison: Comparison) -> Grid | None:
     if not found:
         return None
     many = len(comparison.entries)
-    rows = tuple(
-        (Box(site), Box(_what(what)), Box(reason), Box(_runs(runs, many)), Box(rounds))
+    rows: tuple[tuple[Box, ...], ...] = tuple(
+        (Box(site), Box(_what(what)), Box(reason), Box(rounds), Box(_runs(runs, many)))
         for (site, what, reason), events in sorted(found.items())
         for rounds, runs in _same_rounds(events).items()
     )
-    header = ("Site", "What", "Reason", "Run", "Rounds")
-    return Grid("Updates that were not used", header, rows, num_text=5)
+    header = ("Site", "What", "Reason", "Rounds", "Run")
+    kept = 5 if many > 1 else 4
+    rows = tuple(row[:kept] for row in rows)
+    return Grid("Updates that were not used", header[:kept], rows, num_text=kept)
 
 
 def quarantine_grid(comparison: Comparison) -> Grid | None:
@@ -102,6 +105,16 @@ def versions_grid(comparison: Comparison) -> Grid | None:
                 known.append(str(version))
     rows = tuple((Box(name), Box(", ".join(v))) for name, v in sorted(found.items()))
     return Grid("Software", ("Package", "Version"), rows, num_text=2) if rows else None
+
+
+def fingerprints_grid(comparison: Comparison) -> Grid | None:
+    """List what identifies each site's data; None if nothing was recorded."""
+    found = {
+        site: str(facts.get("fingerprint") or "")
+        for site, facts in sorted(merged_data(comparison).items())
+    }
+    rows = tuple((Box(site), Box(mark[:16])) for site, mark in found.items() if mark)
+    return Grid("Data", ("Site", "Fingerprint"), rows, num_text=2) if rows else None
 
 
 def settings_grid(comparison: Comparison) -> Grid:
@@ -129,7 +142,7 @@ def merged_data(comparison: Comparison) -> Mapping[str, Mapping[str, Any]]:
     return merged
 
 
-def _site_row(site: str, data: Mapping[str, Any], is_held_out: bool) -> dict[str, str]:
+def _site_row(site: str, data: Mapping[str, Any], role: str) -> dict[str, str]:
     card = data.get("card") or {}
     facts = dict(card.get("facts") or {})
     scanner = " ".join(_take(facts, name) for name in _SCANNER_FACTS).strip()
@@ -139,7 +152,7 @@ def _site_row(site: str, data: Mapping[str, Any], is_held_out: bool) -> dict[str
     splits = [
         f"{data[key]} {key[4:]}"
         for key in data
-        if str(key).startswith("num_") and key != "num_cases"
+        if str(key).startswith("num_") and key not in {"num_cases", "num_examples"}
     ]
     return {
         "Site": site,
@@ -152,8 +165,14 @@ def _site_row(site: str, data: Mapping[str, Any], is_held_out: bool) -> dict[str
         "Cases": str(data.get("num_cases", "")),
         "Used for": ", ".join(splits),
         "Left out": str(len(data.get("quarantined") or {})) if data else "",
-        "Role": "held out, never trained on" if is_held_out else "trained",
+        "Role": role,
     }
+
+
+def _role(site: str, comparison: Comparison) -> str:
+    if site in comparison.held_out:
+        return "held out, never trained on"
+    return "left out in turn" if site in comparison.left_out_in_turn else "trained"
 
 
 def _take(facts: dict[str, Any], *names: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from fedmed.report.rows import ALONE, Row
 from fedmed.report.run_folder import LOCK_FILE, Comparison
@@ -24,36 +24,35 @@ def what_was_studied(comparison: Comparison, table: Table) -> str:
         f"This study trained models for {_purpose(comparison)} at {sites}{named}."
     ]
     sentences += _how_compared(comparison)
-    held_out = sorted({s for e in comparison.entries for s in e.run.held_out})
-    if held_out:
-        was = "was" if len(held_out) == 1 else "were"
+    held_out = comparison.held_out
+    if len(held_out) == 1:
         sentences.append(
-            f"{_capital(listing(held_out))} {was} held out: its images were used for "
+            f"Site {held_out[0]} was held out: its images were used for testing only."
+        )
+    elif held_out:
+        sentences.append(
+            f"Sites {listing(held_out)} were held out: their images were used for "
             "testing only."
         )
-    if any(row.is_left_out for row in table.rows):
+    if comparison.left_out_in_turn:
         sentences.append(
-            "Rows marked “site unseen” left out one site at a time and tested on it."
+            "In the runs marked “site unseen” each site in turn was left out of "
+            "training and used for testing."
         )
     return " ".join(sentences)
 
 
 def what_came_out(
-    table: Table, tests: tuple[PairedTest, ...], reference: str | None
+    table: Table, tests: Sequence[PairedTest], reference: str | None
 ) -> str:
     """Say the main result, its weakest site and its misses in a few sentences."""
     scored = [row for row in table.rows if math.isfinite(row.overall.mean)]
     if not scored:
         return "There is no result yet: no case has been scored."
-    best = max(scored, key=lambda row: row.overall.mean)
-    sentences = [_headline(table, best, many=len(scored) > 1)]
-    if best.worst_site and len(best.cells) > 1:
-        sentences.append(
-            f"Its lowest site is {best.worst_site} with {percent(best.worst)} %."
-        )
-    if best.num_organs:
-        sentences.append(_misses(best))
-    sentences += _against(best, tests, reference)
+    sentences = []
+    for is_left_out in (False, True):
+        rows = [row for row in scored if row.is_left_out == is_left_out]
+        sentences += _outcome(table, rows, tests, reference)
     return " ".join(sentences)
 
 
@@ -104,10 +103,7 @@ def split_sentence(comparison: Comparison) -> str:
 
 
 def _purpose(comparison: Comparison) -> str:
-    task = comparison.entries[0].run.study.get("task") or {}
-    classes = task.get("classes") if isinstance(task, Mapping) else None
-    names = list(classes.values()) if isinstance(classes, Mapping) else classes or []
-    shown = [str(name) for name in names if str(name).lower() != "background"]
+    shown = comparison.classes
     if not shown:
         return f"image {comparison.kind}"
     if comparison.kind == "classification":
@@ -135,14 +131,29 @@ def _how_compared(comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _headline(table: Table, best: Row, *, many: bool) -> str:
-    score = f"{percent(best.overall.mean)} %"
-    if not many:
-        return f"The overall {table.score_name} is {score} (mean over sites)."
-    return (
-        f"The highest overall {table.score_name} is that of {best.label}: {score} "
-        "(mean over sites)."
-    )
+def _outcome(
+    table: Table,
+    rows: Sequence[Row],
+    tests: Sequence[PairedTest],
+    reference: str | None,
+) -> list[str]:
+    """Say what came out for the rows that were tested in one way."""
+    if not rows:
+        return []
+    best = max(rows, key=lambda row: row.overall.mean)
+    where = "At sites left out of training the" if best.is_left_out else "The"
+    which = f"highest overall {table.score_name} is that of {best.strategy}:"
+    if len(rows) == 1:
+        of = f" of {best.strategy}" if len(table.rows) > 1 else ""
+        which = f"overall {table.score_name}{of} is"
+    score = f"{percent(best.overall.mean)} % (mean over sites)."
+    sentences = [f"{where} {which} {score}"]
+    if best.worst_site and len(best.cells) > 1:
+        lowest = f"{best.worst_site} with {percent(best.worst)} %"
+        sentences.append(f"Its lowest site is {lowest}.")
+    if best.num_organs:
+        sentences.append(_misses(best))
+    return sentences + _against(best, tests, reference)
 
 
 def _misses(best: Row) -> str:
@@ -155,7 +166,7 @@ def _misses(best: Row) -> str:
 
 
 def _against(
-    best: Row, tests: tuple[PairedTest, ...], reference: str | None
+    best: Row, tests: Sequence[PairedTest], reference: str | None
 ) -> list[str]:
     """Compare the best row with the reference, without claiming more than is known."""
     found = [test for test in tests if test.row == best.label]
@@ -170,7 +181,3 @@ def _against(
     if seeds and min(seeds) * max(seeds) <= 0:
         return [f"{start}, but not with every seed, so it should not be relied on."]
     return [f"{start}, which is unlikely to be chance (p < 0.05 after correction)."]
-
-
-def _capital(text: str) -> str:
-    return f"Site {text}" if " and " not in text else f"Sites {text}"

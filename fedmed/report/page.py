@@ -12,7 +12,7 @@ import jinja2
 from fedmed.errors import StorageError
 from fedmed.report import course_grids, narrative, result_grids
 from fedmed.report.overlays import CLASS_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
-from fedmed.report.panels import case_panels, curve_panels, drawn_classes, galleries
+from fedmed.report.panels import case_panels, curve_panels, galleries
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.significance import choose_reference, paired_tests
 from fedmed.report.tables import Table, make_table
@@ -78,7 +78,8 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
     reference = choose_reference(comparison)
     overall, by_site = paired_tests(comparison, reference) if reference else ((), ())
     return {
-        "name": comparison.name,
+        "name": comparison.title,
+        "same_patients": comparison.divides_slices,
         "table": table,
         "studied": narrative.what_was_studied(comparison, table),
         "outcome": narrative.what_came_out(table, overall, reference),
@@ -95,7 +96,7 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
 
 def _pictures(comparison: Comparison, table: Table) -> dict[str, Any]:
     shown, notes = galleries(comparison)
-    names = drawn_classes(comparison)
+    names = comparison.classes
     colours = [CLASS_COLOURS[i % len(CLASS_COLOURS)] for i in range(len(names))]
     return {
         "curves": curve_panels(comparison),
@@ -118,6 +119,7 @@ def _course(comparison: Comparison) -> dict[str, Any]:
         "missing": narrative.what_is_missing(comparison),
         "commands": narrative.how_to_repeat(comparison),
         "settings": course_grids.settings_grid(comparison),
+        "fingerprints": course_grids.fingerprints_grid(comparison),
         "versions": course_grids.versions_grid(comparison),
     }
 

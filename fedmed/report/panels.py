@@ -51,7 +51,6 @@ class Gallery:
 def curve_panels(comparison: Comparison) -> tuple[Panel, ...]:
     """Draw loss and validation over rounds; those without a value drop out."""
     who = "each site" if comparison.is_single else "each strategy (mean over sites)"
-    band = "" if _num_seeds(comparison) < 2 else "; the band spans the seeds"
     panels = []
     for name, y_label, title in (
         ("loss", "Training loss", "Training loss"),
@@ -62,7 +61,9 @@ def curve_panels(comparison: Comparison) -> tuple[Panel, ...]:
         if curves:
             alt = f"Line chart: {title.lower()} by round for {who}. {_ends(curves)}"
             svg = draw_curves(curves, name=name, y_label=y_label, alt=alt)
-            panels.append(Panel(svg, f"{title} of {who}{band}."))
+            band = any(len(curve.low) > 0 for curve in curves)
+            more = "; the band spans the runs" if band else ""
+            panels.append(Panel(svg, f"{title} of {who}{more}."))
     return tuple(panels)
 
 
@@ -104,19 +105,9 @@ def galleries(comparison: Comparison) -> tuple[tuple[Gallery, ...], tuple[str, .
             "To keep this page small, only the worst case of each site is shown."
         )
         read = [(label, _worst_only(sites)) for label, sites in read]
-    return tuple(_gallery(label, sites) for label, sites in read), tuple(notes)
-
-
-def drawn_classes(comparison: Comparison) -> tuple[str, ...]:
-    """Name the classes that the overlays may show."""
-    task = comparison.entries[0].run.study.get("task") or {}
-    classes = task.get("classes") if isinstance(task, Mapping) else None
-    names = list(classes.values()) if isinstance(classes, Mapping) else classes or []
-    return tuple(str(name) for name in names if str(name).lower() != "background")
-
-
-def _num_seeds(comparison: Comparison) -> int:
-    return len({entry.seed for entry in comparison.entries})
+    per_class = len(comparison.classes) > 1
+    shown = tuple(_gallery(label, sites, per_class) for label, sites in read)
+    return shown, tuple(notes)
 
 
 def _curves(comparison: Comparison, name: str, scale: float) -> list[Curve]:
@@ -179,7 +170,8 @@ def _case_panel(
     ranges = [f"{k} {_range(found)}" for k, found in values.items()]
     alt = f"Dot and box plot of every case, {where}. Ranges: {listing(ranges)}."
     svg = draw_cases(values, name=name, x_label=label, alt=alt)
-    return Panel(svg, f"{where.capitalize()}. A dot is a case; box: median, quartiles.")
+    caption = f"{where.capitalize()}: a dot is a case; box: median and quartiles."
+    return Panel(svg, caption)
 
 
 def _range(values: Sequence[float]) -> str:
@@ -197,13 +189,19 @@ def _read_group(
             if site in sites or entry.held_out not in {None, site}:
                 continue
             found = []
+            photograph = "photograph" in _modality(entry.run, site)
             for path in paths:
                 try:
-                    found.append(read_overlay(path))
+                    found.append(read_overlay(path, is_photograph=photograph))
                 except StorageError as error:
                     notes.append(f"{entry.run.label}, site {site}: {error.message}")
             sites[site] = sort_by_rank(found)
     return {site: sites[site] for site in sorted(sites) if sites[site]}
+
+
+def _modality(run: Run, site: str) -> str:
+    card = ((run.study.get("data") or {}).get(site) or {}).get("card") or {}
+    return str(card.get("modality") or "").lower()
 
 
 def _worst_only(
@@ -212,8 +210,9 @@ def _worst_only(
     return {site: found[:1] for site, found in sites.items()}
 
 
-def _gallery(label: str, sites: Mapping[str, tuple[Overlay, ...]]) -> Gallery:
-    per_class = any(max(o.classes, default=0) > 1 for s in sites.values() for o in s)
+def _gallery(
+    label: str, sites: Mapping[str, tuple[Overlay, ...]], per_class: bool
+) -> Gallery:
     return Gallery(
         label,
         {

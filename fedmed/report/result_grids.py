@@ -16,37 +16,13 @@ from fedmed.report.wording import NO_VALUE, number, p_value, percent, signed_poi
 
 def results_grid(table: Table) -> Grid:
     """Lay out the result table as the field prints it; best of each column in bold."""
-    best = {
-        site: _best(row.cells.get(site) for row in table.rows) for site in table.sites
-    }
-    best_overall = _best(row.overall for row in table.rows)
-    best_worst = max((r.worst for r in table.rows if r.worst_site), default=math.nan)
-    many = len(table.rows) > 1
-    rows = []
-    for row in table.rows:
-        cells = [
-            _score_box(row.cells.get(s), best[s] if many else math.nan)
-            for s in table.sites
-        ]
-        worst = Box(
-            percent(row.worst), row.worst_site, many and row.worst == best_worst
-        )
-        gain = Box(signed_points(row.overall.gain))
-        overall = Box(
-            percent_with_spread(row.overall),
-            is_strong=many and row.overall.mean == best_overall,
-        )
-        seeds = Box(str(len(row.seeds)), _seed_spread(row))
-        rows.append((Box(row.label), *cells, overall, worst, gain, seeds))
-    unseen = {s for row in table.rows for s, c in row.cells.items() if c.is_unseen}
-    mixed = {s for s in unseen if any(not r.is_left_out for r in table.rows)}
-    sites = [
-        f"{s} (held out)" if s in mixed and len(unseen) < len(table.sites) else s
-        for s in table.sites
-    ]
-    header = ("Strategy", *sites, "Overall", "Worst site", "Gain over alone", "Seeds")
+    has_gain = any(math.isfinite(row.overall.gain) for row in table.rows)
+    rows = tuple(_result_row(row, table, has_gain) for row in table.rows)
+    sites = [_site_title(site, table) for site in table.sites]
+    gain = ["Gain over alone"] if has_gain else []
+    header = ("Strategy", *sites, "Overall", "Worst site", *gain, "Seeds")
     caption = f"{table.score_name} in per cent, mean ± standard deviation over cases"
-    return Grid(caption, header, tuple(rows))
+    return Grid(caption, header, rows)
 
 
 def distances_grid(table: Table) -> Grid | None:
@@ -72,7 +48,7 @@ def classes_grid(comparison: Comparison, table: Table) -> Grid | None:
     for group in group_rows(comparison):
         found = _by_class(group)
         classes |= set(found)
-        for name in sorted(found):
+        for name in sorted(found, key=lambda name: _class_rank(name, names)):
             cells = [Box(found[name].get(site, NO_VALUE)) for site in table.sites]
             rows.append((Box(row_label(group[0])), Box(names.get(name, name)), *cells))
     if len(classes) < 2:
@@ -99,6 +75,31 @@ def tests_grid(tests: Sequence[PairedTest], reference: str, *, by_site: bool) ->
     caption = f"Compared with {reference}, {where}"
     rows = tuple(_test_row(test, by_site) for test in tests)
     return Grid(caption, header, rows, num_text=2 if by_site else 1)
+
+
+def _result_row(row: Row, table: Table, has_gain: bool) -> tuple[Box, ...]:
+    rivals = [other for other in table.rows if other.is_left_out == row.is_left_out]
+    if len(rivals) < 2:
+        rivals = []
+    best = {s: _best(rival.cells.get(s) for rival in rivals) for s in table.sites}
+    overall, best_overall = row.overall, _best(rival.overall for rival in rivals)
+    best_worst = max((r.worst for r in rivals if r.worst_site), default=math.nan)
+    gain = [Box(signed_points(overall.gain))] if has_gain else []
+    return (
+        Box(row.label),
+        *(_score_box(row.cells.get(site), best[site]) for site in table.sites),
+        Box(percent_with_spread(overall), is_strong=overall.mean == best_overall),
+        Box(percent(row.worst), row.worst_site, row.worst == best_worst),
+        *gain,
+        Box(str(len(row.seeds)), _seed_spread(row)),
+    )
+
+
+def _site_title(site: str, table: Table) -> str:
+    """Mark a column whose values are all of a model that never saw the site."""
+    found = [row for row in table.rows if site in row.cells and not row.is_left_out]
+    unseen = bool(found) and all(row.cells[site].is_unseen for row in found)
+    return f"{site} (held out)" if unseen else site
 
 
 def _best(cells: Iterable[Cell | None]) -> float:
@@ -131,6 +132,12 @@ def _class_names(comparison: Comparison) -> dict[str, str]:
     if isinstance(names, Mapping):
         return {str(key): str(name) for key, name in names.items()}
     return {str(index): str(name) for index, name in enumerate(names or ())}
+
+
+def _class_rank(name: str, names: Mapping[str, str]) -> tuple[int, str]:
+    """Keep the study's order of classes, whether the rows hold numbers or names."""
+    order = [*names, *names.values()]
+    return (order.index(name) if name in order else len(order), name)
 
 
 def _by_class(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:

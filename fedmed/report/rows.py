@@ -34,7 +34,8 @@ class Cell:
     """One strategy at one site, seeds merged.
 
     Attributes:
-        mean: Mean over cases, then over seeds, in [0, 1].
+        mean: Mean over cases, then over seeds, in [0, 1]. Classification: mean over
+            classes of the share recognised (balanced accuracy).
         std_cases: Standard deviation over cases, mean over seeds.
         std_seeds: Standard deviation of the seeds' means; NaN with one seed.
         num_cases: Cases that could be scored.
@@ -110,13 +111,15 @@ def group_rows(comparison: Comparison) -> tuple[tuple[Entry, ...], ...]:
         comparison: One run or several.
 
     Returns:
-        Groups in order of first appearance; each holds the runs of all seeds.
+        Groups in order of first appearance, those of unseen sites last; each holds
+        the runs of all seeds.
     """
     grouped: dict[tuple[str, bool], list[Entry]] = {}
     for entry in comparison.entries:
         key = (entry.strategy, entry.held_out is not None)
         grouped.setdefault(key, []).append(entry)
-    return tuple(tuple(entries) for entries in grouped.values())
+    keys = sorted(grouped, key=lambda key: key[1])  # stable: keeps the order within
+    return tuple(tuple(grouped[key]) for key in keys)
 
 
 def make_rows(comparison: Comparison) -> tuple[Row, ...]:
@@ -212,10 +215,10 @@ def _unseen_sites(entry: Entry) -> tuple[str, ...]:
 
 def _cell(scores: Sequence[CaseScore], is_unseen: bool) -> Cell:
     values = [score.score for score in scores]
-    is_accuracy = bool(scores[0].label)
+    is_classified = bool(scores[0].label)
     return Cell(
-        mean_of_finite(values),
-        math.nan if is_accuracy else std_of_finite(values),
+        _balanced_accuracy(scores) if is_classified else mean_of_finite(values),
+        math.nan if is_classified else std_of_finite(values),
         num_cases=sum(map(math.isfinite, values)),
         assd_mm=mean_of_finite(score.assd_mm for score in scores),
         hd95_mm=mean_of_finite(score.hd95_mm for score in scores),
@@ -227,13 +230,21 @@ def _cell(scores: Sequence[CaseScore], is_unseen: bool) -> Cell:
     )
 
 
+def _balanced_accuracy(scores: Sequence[CaseScore]) -> float:
+    """Mean over classes of the share recognised, as the engine selects models by."""
+    by_class: dict[str, list[float]] = {}
+    for score in scores:
+        by_class.setdefault(score.label, []).append(score.score)
+    return mean_of_finite(mean_of_finite(found) for found in by_class.values())
+
+
 def _summary_cells(entry: Entry) -> dict[str, Cell]:
     sites = entry.run.summary.get("sites") or {}
     unseen = _unseen_sites(entry)
     wanted = {entry.held_out} if entry.held_out else set(sites)
     return {
         site: Cell(
-            _value(row, "dice", "accuracy"),
+            _value(row, "dice", "balanced_accuracy"),
             _value(row, "dice_std"),
             num_cases=int(row.get("num_cases") or 0),
             assd_mm=_value(row, "assd_mm"),

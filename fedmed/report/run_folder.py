@@ -97,6 +97,39 @@ class Comparison:
         return tuple(dict.fromkeys(entry.strategy for entry in self.entries))
 
     @property
+    def held_out(self) -> tuple[str, ...]:
+        """Sites that no run trained on, as opposed to those left out in turn."""
+        runs = [entry.run for entry in self.entries if entry.held_out is None]
+        sites = set.intersection(*(set(run.held_out) for run in runs)) if runs else ()
+        return tuple(sorted(sites))
+
+    @property
+    def title(self) -> str:
+        """Title of the study, or its name where it has none."""
+        return str(self.entries[0].run.study.get("title") or self.name)
+
+    @property
+    def divides_slices(self) -> bool:
+        """Tell whether slices of one patient may lie on both sides of the split."""
+        splits = [entry.run.study.get("split") for entry in self.entries]
+        return any(isinstance(s, Mapping) and s.get("by") == "slices" for s in splits)
+
+    @property
+    def left_out_in_turn(self) -> tuple[str, ...]:
+        """Sites that one run or another left out to test on."""
+        found = {entry.held_out for entry in self.entries if entry.held_out}
+        return tuple(sorted(found))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes to tell apart, without the background."""
+        task = self.entries[0].run.study.get("task")
+        given = task.get("classes") if isinstance(task, Mapping) else None
+        names = given.values() if isinstance(given, Mapping) else given or ()
+        words = (str(name) for name in names)
+        return tuple(word for word in words if word.lower() != "background")
+
+    @property
     def kind(self) -> str:
         """Say "segmentation" or "classification"."""
         return _kind(self.entries[0].run)

@@ -33,6 +33,11 @@ table { border-collapse: collapse; font-size: .91rem; font-variant-numeric:
   tabular-nums;
   min-width: 20rem; }
 caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
+caption span { position: sticky; left: 0; display: inline-block;
+  max-width: calc(100vw - 2.2rem); }
+caption.hidden span { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); }
+caption.hidden { padding: 0; }
 th, td { padding: .38rem .8rem; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
@@ -79,6 +84,7 @@ dd { margin: 0; }
   thead th:first-child { position: sticky; left: 0; border-right: 1px solid
     var(--line); }
   .pictures { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .7rem; }
+  .pictures figure:first-child:not(:nth-last-child(2)) { grid-column: 1 / -1; }
   dl { grid-template-columns: 1fr; gap: .1rem; }
   dd { margin-bottom: .6rem; }
 }

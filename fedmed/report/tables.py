@@ -26,7 +26,7 @@ class Table:
     Attributes:
         name: Name of the study.
         kind: "segmentation" or "classification".
-        score_name: "Dice" or "Accuracy".
+        score_name: "Dice" or "Balanced accuracy".
         sites: Columns, sorted.
         rows: One a strategy, in the order they were compared.
         notes: Sentences to print below the table.
@@ -110,7 +110,7 @@ def make_table(comparison: Comparison) -> Table:
     rows = make_rows(comparison)
     sites = sorted({site for row in rows for site in row.cells})
     kind = comparison.kind
-    score_name = "Accuracy" if kind == "classification" else "Dice"
+    score_name = "Balanced accuracy" if kind == "classification" else "Dice"
     notes = _notes(rows, sites)
     return Table(comparison.name, kind, score_name, tuple(sites), rows, notes)
 
@@ -146,7 +146,22 @@ def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:
         absent = [site for site in sites if site not in row.cells]
         if absent:
             notes.append(f"{row.label}: no result for {listing(absent)}.")
+    notes += [note for site in sites for note in _other_cases(site, rows)]
     return tuple(dict.fromkeys(notes))
+
+
+def _other_cases(site: str, rows: Sequence[Row]) -> list[str]:
+    """Warn where rows are not from the same cases, e.g. all of a left-out site."""
+    counts: dict[int, list[str]] = {}
+    for row in rows:
+        if site in row.cells:
+            counts.setdefault(row.cells[site].num_cases, []).append(row.label)
+    if len(counts) < 2:
+        return []
+    said = [f"{num} in {listing(labels)}" for num, labels in sorted(counts.items())]
+    return [
+        f"Site {site}: the number of cases differs between rows: {'; '.join(said)}."
+    ]
 
 
 def _row_dict(row: Row) -> dict[str, Any]:

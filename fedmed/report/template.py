@@ -4,10 +4,11 @@ from fedmed.report.stylesheet import STYLE
 
 PAGE = (
     """
-{%- macro grid(g) %}
+{%- macro grid(g, titled=true) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ g.caption }}">
 <table>
-<caption>{{ g.caption }}</caption>
+<caption{% if not titled %} class="hidden"{% endif %}>
+<span>{{ g.caption }}</span></caption>
 <thead><tr>
 {% for title in g.header %}
 <th scope="col"{% if loop.index0 < g.num_text %} class="word"{% endif %}>{{ title
@@ -74,7 +75,7 @@ strategies" }}
 <main>
 <section aria-labelledby="sites">
 <h2 id="sites">Sites</h2>
-{{ grid(sites) }}
+{{ grid(sites, titled=false) }}
 </section>
 
 <section aria-labelledby="results">
@@ -82,7 +83,8 @@ strategies" }}
 {% if table.rows and table.sites %}
 {{ grid(results) }}
 <p class="note">{{ split }} “Overall” is the unweighted mean over sites.
-{% if table.rows | length > 1 %}Bold: highest of its column, whether or not the
+{% if table.rows | length > 1 %}Bold: highest of its column among rows tested alike,
+whether or not the
 difference
 is more than chance.{% endif %}</p>
 {% if distances %}
@@ -95,6 +97,11 @@ distances: read them together with the number missed, which counts all seeds.</p
 {% else %}
 <p class="none">No case has been scored yet.</p>
 {% endif %}
+{% if same_patients %}
+<p class="note"><strong>Slices were divided, not patients: slices of one patient lie in
+both
+training and test. These values are no evidence for new patients.</strong></p>
+{% endif %}
 {% for note in table.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 </section>
@@ -104,7 +111,10 @@ distances: read them together with the number missed, which counts all seeds.</p
 <h2 id="tests">Is the difference more than chance?</h2>
 {% if tests.rows %}
 <p>Every case was scored under each strategy, so strategies are compared case by case
-with “{{ reference }}”. Seeds of one case are averaged first.</p>
+with “{{ reference }}”. Seeds of one case are averaged first.
+{% if table.kind == "classification" %}A case counts 1 if right and 0 if wrong.{% endif
+%}
+</p>
 {{ grid(tests) }}
 <details><summary>The same at each site</summary>
 {{ grid(site_tests) }}
@@ -150,10 +160,9 @@ case.</p>
 {% endif %}
 </div>
 <p class="note">Shown as radiologists hang axial slices: R marks the right of the
-patient, on the left of the picture; A marks the front. Photographs are shown as taken. The Dice is that
-of
-the whole case, not of the slice. These are images of patients: treat this page as
-such.</p>
+patient, on the left of the picture; A marks the front. Photographs are shown as
+taken. The Dice is that of the whole case, not of the slice. These are images of
+patients: treat this page as such.</p>
 {% for g in galleries %}
 {% if galleries | length > 1 %}
 <details{% if g.label == opened %} open{% endif %}><summary>{{ g.label }}</summary>
@@ -191,10 +200,10 @@ quantities; compare their course, not their height.</p>{% endif %}
 <section aria-labelledby="problems">
 <h2 id="problems">Problems</h2>
 <h3>Refused updates and failures</h3>
-{% if events %}{{ grid(events) }}
+{% if events %}{{ grid(events, titled=false) }}
 {% else %}<p>None: every update that arrived was used.</p>{% endif %}
 <h3>Cases left out</h3>
-{% if quarantine %}{{ grid(quarantine) }}
+{% if quarantine %}{{ grid(quarantine, titled=false) }}
 {% else %}<p>None: every case could be used.</p>{% endif %}
 {% if missing %}
 <h3>Not in this folder</h3>
@@ -210,6 +219,7 @@ quantities; compare their course, not their height.</p>{% endif %}
 {% for command in commands %}<pre>{{ command }}</pre>
 {% endfor %}
 {{ grid(settings) }}
+{% if fingerprints %}{{ grid(fingerprints) }}{% endif %}
 {% if versions %}{{ grid(versions) }}
 {% else %}<p class="none">No software versions were recorded.</p>{% endif %}
 </section>
@@ -235,9 +245,8 @@ there is no distance.</dd>
 case does
 not count for this organ.</dd>
 {% else %}
-<dt>Accuracy</dt><dd>Share of cases classified correctly. It depends on how frequent
-each class
-is at a site.</dd>
+<dt>Balanced accuracy</dt><dd>Mean over the classes of the share of their cases that was
+recognised, so that a rare class counts as much as a frequent one.</dd>
 <dt>AUC</dt><dd>Chance that a case of the second class gets a higher score than one of
 the
 first; 50 % is guessing.</dd>

@@ -50,12 +50,12 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def size(size_bytes: float) -> str:
+def size(size_bytes: int | float) -> str:
     """Print a number of bytes in decimal units.
 
     Example:
         >>> size(8_753_672)
-        '8.8 MB'
+        '8.75 MB'
     """
     if not math.isfinite(size_bytes):
         return NO_VALUE
@@ -67,7 +67,7 @@ def size(size_bytes: float) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Print a time span in the two units that matter.
 
     Example:
