@@ -63,11 +63,12 @@ class Overlay:
         return tuple(sorted(int(c) for c in found if c not in {0, UNKNOWN_LABEL}))
 
 
-def read_overlay(path: Path) -> Overlay:
+def read_overlay(path: Path, *, is_photograph: bool = False) -> Overlay:
     """Read one slice with its truth and prediction.
 
     Args:
         path: A `.npz` with `image`, `truth`, `prediction` and the JSON text `facts`.
+        is_photograph: What to believe where the facts do not say `spacing_known`.
 
     Returns:
         The slice.
@@ -80,7 +81,8 @@ def read_overlay(path: Path) -> Overlay:
             image, truth = arrays["image"], arrays["truth"]
             prediction = arrays["prediction"]
             facts = json.loads(str(arrays["facts"][()]))
-        return _overlay(image, truth, prediction, facts)
+        known = {"spacing_known": not is_photograph, **facts}
+        return _overlay(image, truth, prediction, known)
     except Exception as error:
         raise StorageError(
             f"The overlay {path.name!r} cannot be read.",
@@ -136,7 +138,7 @@ def _overlay(
         truth,
         prediction,
         (spacing[0], spacing[1]),
-        bool(facts.get("spacing_known", True)),
+        bool(facts["spacing_known"]),
         str(facts.get("rank", "?")),
         int(facts.get("slice", 0)),
         float("nan") if dice is None else float(dice),
@@ -194,9 +196,9 @@ def _size_mm(overlay: Overlay) -> tuple[float, float]:
 
 
 def _hang(image: np.ndarray, overlay: Overlay) -> np.ndarray:
-    """Turn (I, J) into picture rows and columns; photographs keep their sides."""
-    turned = np.swapaxes(image, 0, 1)
-    return turned[::-1, ::-1] if overlay.spacing_known else turned
+    """Turn (I, J) into picture rows from the top; photographs keep their sides."""
+    turned = np.swapaxes(image, 0, 1)[::-1]
+    return turned[:, ::-1] if overlay.spacing_known else turned
 
 
 def _png(picture: np.ndarray) -> str:
@@ -238,9 +240,10 @@ def _path(overlay: Overlay, mask: np.ndarray) -> str:
 
 def _to_picture(overlay: Overlay, points_IJ: np.ndarray) -> np.ndarray:
     points_mm: np.ndarray = points_IJ * np.array(overlay.spacing_mm)
-    return (
-        np.array(_size_mm(overlay)) - points_mm if overlay.spacing_known else points_mm
-    )
+    flipped: np.ndarray = np.array(_size_mm(overlay)) - points_mm
+    if not overlay.spacing_known:
+        flipped[:, 0] = points_mm[:, 0]
+    return flipped
 
 
 def _stroke(path: str, colour: str, *, dashes: str) -> list[str]:
