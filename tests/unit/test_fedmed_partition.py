@@ -85,6 +85,31 @@ def test_every_kind_of_normalisation_is_known():
             assert roles["running_mean"] == "norm_statistic"
 
 
+class Standardise(nn.BatchNorm2d):
+    """A normalisation whose name does not say so."""
+
+
+class NormHead(nn.Linear):
+    """Named like a normalisation and is none."""
+
+
+def test_a_subclass_has_the_role_of_its_base():
+    roles = {e.name: e.role for e in describe_state(Standardise(2))}
+    assert roles["weight"] == "norm_affine"
+    assert roles["running_var"] == "norm_statistic"
+    roles = {e.name: e.role for e in describe_state(NormHead(2, 2))}
+    assert set(roles.values()) == {"weight"}
+
+
+def test_a_module_used_under_two_names_is_listed_under_both():
+    model = nn.Module()
+    model.one = nn.BatchNorm1d(2)
+    model.two = model.one
+    parts = {(e.part, e.role) for e in describe_state(model)}
+    assert ("two", "norm_affine") in parts
+    assert len(describe_state(model)) == 10
+
+
 def test_sets_per_site_are_normalisation():
     model = build_network(
         "unet",
