@@ -128,7 +128,7 @@ def check_dataset(
         seen = _Seen()
         for ref in site.cases:
             try:
-                case = ref.read()
+                case, axes = ref.read(), _orientation(ref.files)
                 _require_declared(case, card)
             except FedMedError as error:
                 bad.append((site.site_id, ref.case_id, error.message))
@@ -136,7 +136,7 @@ def check_dataset(
                 LOGGER.debug("unexpected %s in a case", type(error).__name__)
                 bad.append((site.site_id, ref.case_id, _scrub(error)))
             else:
-                _note(seen, case, ref)
+                _note(seen, case, subject_id=ref.subject_id, axes=axes)
                 _remember(twins, case, ref, site)
         quarantined += sorted(bad)
         facts[site.site_id] = _facts(seen, len(bad))
@@ -166,16 +166,15 @@ def _require_declared(case: Case, card: DatasetCard) -> None:
         raise CaseError(f"label {undeclared[0]} is not in the card")
 
 
-def _note(seen: _Seen, case: Case, ref: CaseRef) -> None:
+def _note(seen: _Seen, case: Case, *, subject_id: str, axes: str) -> None:
     finite = case.image[np.isfinite(case.image)]
     seen.cases += 1
-    seen.subjects.add(ref.subject_id)
+    seen.subjects.add(subject_id)
     seen.shapes[tuple(case.image.shape)] += 1
     if case.spacing_known:
         seen.spacings[tuple(round(mm, 2) for mm in case.spacing_mm)] += 1
-    orientation = _orientation(ref.files[0])
-    if orientation:
-        seen.orientations[orientation] += 1
+    if axes:
+        seen.orientations[axes] += 1
     if case.label is None:
         seen.unlabelled += 1
     else:
@@ -188,10 +187,11 @@ def _note(seen: _Seen, case: Case, ref: CaseRef) -> None:
     seen.missing += case.image.size - finite.size
 
 
-def _orientation(path: Path) -> str:
-    if split_ending(path.name)[1] not in (".nii", ".nii.gz"):
+def _orientation(files: tuple[Path, ...]) -> str:
+    """Give the axes of a case's first file as stored; "" if it has none."""
+    if not files or split_ending(files[0].name)[1] not in (".nii", ".nii.gz"):
         return ""
-    affine = _nibabel.load(path).affine
+    affine = _nibabel.load(files[0]).affine
     return "".join(str(code) for code in _nibabel.aff2axcodes(affine))
 
 

@@ -9,8 +9,8 @@ Traps, and what is done about them:
 * `ca`, `thal` and `slope` are mostly missing outside Cleveland: NaN, never a guess.
 * hungarian says only 0 or 1, the others grade disease from 1 to 4. With
   `target: grade` hungarian is therefore left out.
-* hungarian and va each hold one row twice. Equal rows are one subject, so they never
-  fall into different splits.
+* hungarian and va each hold one row twice. Rows with equal findings are one subject,
+  so they never fall into different splits.
 * `oldpeak` (ST depression) below 0 is an elevation and stays as it is.
 
 Units:
@@ -38,7 +38,7 @@ import numpy as np
 from fedmed.case import Case, CaseRef, DatasetCard, SiteCard, SourceSite
 from fedmed.errors import CaseError, DataError
 from fedmed.seeds import numpy_rng
-from sites.listing import make_site, site_folders
+from sites.listing import OUTSIDE, is_inside, make_site, site_folders
 from sites.options import parse_options, reader_version
 
 FOLDER = "heart_uci"
@@ -188,7 +188,7 @@ def open_sites(root: Path, **options: Any) -> tuple[SourceSite, ...]:
             f"{unknown[0]!r} is no site of heart_uci", hint=f"known: {', '.join(SITES)}"
         )
     return tuple(
-        _open_site(site_id, folder / "data.csv", options=chosen)
+        _open_site(site_id, _table_inside(folder, root), options=chosen)
         for site_id, folder in folders.items()
         if site_id in _sites_of(chosen)
     )
@@ -346,7 +346,7 @@ def _open_site(site_id: str, path: Path, *, options: HeartOptions) -> SourceSite
         refs.append(
             CaseRef(
                 case_id=case_id,
-                subject_id=subjects.setdefault(tuple(row.values()), case_id),
+                subject_id=subjects.setdefault(_findings(row), case_id),
                 files=(path,),
                 read=partial(read_case, case_id, path, index, options=options),
                 read_version=version,
@@ -359,6 +359,17 @@ def _open_site(site_id: str, path: Path, *, options: HeartOptions) -> SourceSite
         facts={"country": COUNTRIES[site_id]},
     )
     return make_site(site_id, refs, card=site_card, problems=problems)
+
+
+def _table_inside(folder: Path, root: Path) -> Path:
+    path = folder / "data.csv"
+    if not is_inside(path, root):
+        raise DataError(f"{folder.name}/{path.name} {OUTSIDE}")
+    return path
+
+
+def _findings(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(text for name, text in row.items() if name != "num")
 
 
 def _number(case_id: str, name: str, text: str) -> float:

@@ -110,6 +110,21 @@ def test_equal_rows_are_one_subject(root):
     assert site.cases[5].subject_id == site.cases[7].subject_id
 
 
+def test_equal_findings_with_another_grade_are_one_subject(root):
+    rewrite(root, "hungarian", 7, num="0")
+    cases = heart_uci.open_sites(root)[1].cases
+    assert cases[5].subject_id == cases[7].subject_id
+
+
+def test_a_table_that_lies_outside_is_refused(root, tmp_path_factory):
+    table = root / "va" / "data.csv"
+    outside = tmp_path_factory.mktemp("outside") / "data.csv"
+    table.rename(outside)
+    table.symlink_to(outside)
+    with pytest.raises(DataError, match=r"va/data.csv is a link out"):
+        heart_uci.open_sites(root)
+
+
 def test_grade_leaves_out_the_hospital_that_does_not_grade(root):
     sites = heart_uci.open_sites(root, target="grade")
     assert [site.site_id for site in sites] == ["cleveland", "switzerland", "va"]
