@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sites.phantoms.space import Grid, Space, Triple
+from sites.phantoms.space import Grid, Number, Space, Triple
 from sites.phantoms.tissues import CODE
 
 Keep = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -30,7 +30,7 @@ class Blob:
     axes: np.ndarray | None = None
     power: int = 2
 
-    def grown(self, by_mm: float) -> Blob:
+    def grown(self, by_mm: Number) -> Blob:
         """The blob with all semi-axes longer by `by_mm`, at least 0.1 mm."""
         a, b, c = (max(radius + by_mm, 0.1) for radius in self.radius_mm)
         return Blob(self.centre_mm, (a, b, c), self.axes, self.power)
@@ -85,9 +85,9 @@ class CoilPlace:
         half_length_mm: Along z.
     """
 
-    centre_mm: tuple[float, float]
-    radius_mm: float
-    half_length_mm: float = 35.0
+    centre_mm: tuple[Number, Number]
+    radius_mm: Number
+    half_length_mm: Number = 35.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Anatomy:
 
     name: str
     labels: Mapping[int, str]
-    core_mm: tuple[Triple, float]
+    core_mm: tuple[Triple, Number]
     build: Callable[[Grid, np.random.Generator, Visit], Body]
     has_lesions: bool
     default_size: tuple[int, int, int]
@@ -171,7 +171,7 @@ class Canvas:
         np.copyto(self.label[window], np.uint8(label), where=mask)
 
     def walled(
-        self, wall: str, content: str, blob: Blob, *, wall_mm: float, label: int = 0
+        self, wall: str, content: str, blob: Blob, *, wall_mm: Number, label: int = 0
     ) -> None:
         """Paint a blob of `content` inside a wall; `blob` is the outer surface."""
         self.blob(wall, blob)
@@ -194,7 +194,7 @@ def _flip(axes: np.ndarray | None) -> np.ndarray | None:
     return None if axes is None else axes * np.array([-1, 1, 1], axes.dtype)
 
 
-def turned(angle_deg: float, *, about: str = "z") -> np.ndarray:
+def turned(angle_deg: Number, *, about: str = "z") -> np.ndarray:
     """Axes of a blob turned about one body axis, right-handed.
 
     Example:

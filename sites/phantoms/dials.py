@@ -163,39 +163,56 @@ def _range(value: Any) -> Range:
 
 def check(dials: Dials, *, site_id: str) -> None:
     """Raise a ConfigError if a dial's value is impossible."""
-    (in_low, in_high), (through_low, through_high) = dials.resolution_mm
-    claims = {
-        "modality": (dials.modality in MODALITIES, f"one of {', '.join(MODALITIES)}"),
-        "field_t": (dials.field_t in FIELDS_T, "1.5, 3 or 7"),
-        "coil": (dials.coil in COILS, f"one of {', '.join(COILS)}"),
-        "noise": (dials.noise >= 0, "at least 0"),
-        "bias_field": (dials.bias_field >= 0, "at least 0"),
-        "blur": (dials.blur >= 0, "at least 0"),
-        "contrast": (dials.contrast > 0, "above 0"),
-        "gain": (0 < dials.gain <= 4000, "above 0 and at most 4000"),
-        "contrast_agent": (dials.contrast_agent >= 0, "at least 0"),
-        "tube_kvp": (60 <= dials.tube_kvp <= 150, "from 60 to 150"),
-        "tr_ms": (dials.tr_ms > 0, "above 0"),
-        "te_ms": (dials.te_ms > 0, "above 0"),
-        "orientation": (_is_orientation(dials.orientation), "axis codes such as LPS"),
-        "oblique_deg": (abs(dials.oblique_deg) <= 40, "from -40 to 40"),
-        "prevalence": (0 <= dials.prevalence <= 1, "from 0 to 1"),
-        "lesion": (0 < dials.lesion[0] <= dials.lesion[1], "0 < low <= high"),
-        "resolution_mm": (
-            0 < in_low <= in_high and 0 < through_low <= through_high,
-            "voxel sizes above 0, low <= high",
-        ),
-    }
-    if dials.modality == "ct":
-        hint = "1 in CT, whose grey values are calibrated"
-        claims["contrast"] = (dials.contrast == 1, hint)
-        claims["gain"] = (dials.gain == 1, hint)
-    for name, (holds, expected) in claims.items():
+    for name, (holds, expected) in {**_choices(dials), **_ranges(dials)}.items():
         if not holds:
             raise ConfigError(
                 f"Dial {name!r} of site {site_id!r} is {getattr(dials, name)!r}.",
                 hint=f"Expected: {expected}.",
             )
+
+
+_Claims = dict[str, tuple[bool, str]]
+
+
+def _choices(dials: Dials) -> _Claims:
+    claims: _Claims = {
+        "modality": (dials.modality in MODALITIES, f"one of {', '.join(MODALITIES)}"),
+        "field_t": (dials.field_t in FIELDS_T, "1.5, 3 or 7"),
+        "coil": (dials.coil in COILS, f"one of {', '.join(COILS)}"),
+        "orientation": (_is_orientation(dials.orientation), "axis codes such as LPS"),
+    }
+    return claims
+
+
+def _ranges(dials: Dials) -> _Claims:
+    is_ct = dials.modality == "ct"
+    limits: dict[str, tuple[float, float]] = {
+        "noise": (0, 1000 if is_ct else 10),
+        "bias_field": (0, 3),
+        "blur": (0, 20),
+        "contrast": (1, 1) if is_ct else (0.05, 20),
+        "gain": (1, 1) if is_ct else (1, 4000),
+        "contrast_agent": (0, 10),
+        "tube_kvp": (60, 150),
+        "tr_ms": (1, 1e5),
+        "te_ms": (0, 1e4),
+        "ti_ms": (0, 1e5),
+        "flip_deg": (1, 180),
+        "oblique_deg": (-40, 40),
+        "prevalence": (0, 1),
+    }
+    claims: _Claims = {
+        name: (low <= getattr(dials, name) <= high, f"from {low:g} to {high:g}")
+        for name, (low, high) in limits.items()
+    }
+    style = dials.label_style
+    holds = abs(style.offset_mm) <= 20 and 0 <= style.smooth_mm <= 50
+    claims["label_style"] = (holds, "offset_mm within 20, smooth_mm from 0 to 50")
+    voxels = all(0.01 <= low <= high <= 50 for low, high in dials.resolution_mm)
+    claims["resolution_mm"] = (voxels, "0.01 <= low <= high <= 50, in-plane, through")
+    holds = 0 < dials.lesion[0] <= dials.lesion[1] <= 100
+    claims["lesion"] = (holds, "0 < low <= high <= 100")
+    return claims
 
 
 def _is_orientation(codes: str) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Triple = tuple[float, float, float]
+Number = float | int
+Triple = tuple[Number, Number, Number]
 
 LATTICE_POINTS = 20
 """Lattice points per axis; the field repeats after this many times its scale."""
@@ -62,7 +63,7 @@ class Space:
     x: np.ndarray
     y: np.ndarray
     z: np.ndarray
-    reach_mm: float
+    reach_mm: Number
 
     def window(self, centre_mm: Triple, radius_mm: Triple) -> tuple[slice, ...]:
         """Slices of the grid that can hold points within a box about a centre."""
@@ -77,7 +78,7 @@ class Space:
 
 
 def smooth_noise(
-    grid: Grid, rng: np.random.Generator, *, scale_mm: float
+    grid: Grid, rng: np.random.Generator, *, scale_mm: Number
 ) -> np.ndarray:
     """Give a smooth random field of mean 0 and standard deviation about 1.
 
@@ -123,9 +124,9 @@ def deform(
     grid: Grid,
     rng: np.random.Generator,
     *,
-    amplitude_mm: float,
-    scale_mm: float,
-    position_mm: float,
+    amplitude_mm: Number,
+    scale_mm: Number,
+    position_mm: Number,
 ) -> Space:
     """Draw a patient's smooth deformation and shift of the whole body.
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sites.phantoms.space import Number, Triple
+
 FIELDS_T = (1.5, 3.0, 7.0)
 """Field strengths with tabulated relaxation times."""
 
@@ -31,13 +33,13 @@ class Tissue:
         texture_hu: The same for CT, in Hounsfield units.
     """
 
-    density: float
-    t1_ms: tuple[float, float, float]
-    t2_ms: tuple[float, float, float]
-    hu: float
-    agent_hu: float = 0.0
-    texture: float = 0.05
-    texture_hu: float = 4.0
+    density: Number
+    t1_ms: Triple
+    t2_ms: Triple
+    hu: Number
+    agent_hu: Number = 0.0
+    texture: Number = 0.05
+    texture_hu: Number = 4.0
 
 
 _NONE = (1000.0, 1000.0, 1000.0)
