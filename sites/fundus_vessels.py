@@ -19,6 +19,9 @@ Traps, and what is done about them:
 * fives is all macular degeneration, so disease changes together with the camera.
 * The masks were made smaller by area average, so the thinnest vessels are lost.
 
+The files taken for hrf state CC BY 4.0. Those of chasedb1 and fives state no licence;
+their publishers name CC BY 4.0 too, which is to be checked before passing them on.
+
 Units:
     Intensities 0 to 255, red, green, blue. No physical spacing: `spacing_known` False.
 
@@ -62,7 +65,7 @@ SAME_EYE = {("fives", "23_A"): "22_A"}
 SITE_FACTS = {
     "chasedb1": {"country": "United Kingdom", "camera": "Nidek NM-200-D"},
     "fives": {"country": "China", "disease": "age-related macular degeneration"},
-    "hrf": {"country": "Germany", "camera": "Canon CR-1"},
+    "hrf": {"country": "Germany"},
 }
 
 CARD = DatasetCard(

@@ -13,6 +13,9 @@ Traps, and what is done about them:
   so they never fall into different splits.
 * `oldpeak` (ST depression) below 0 is an elevation and stays as it is.
 
+The files themselves state no licence; the repository they come from names CC BY 4.0,
+which is to be checked before passing them on.
+
 Units:
     Before scaling: age in years, trestbps in mmHg, chol in mg/dl, thalach in beats per
     minute, oldpeak in mm. After `scaling: fixed`: see `FIXED_SCALES`.
