@@ -7,7 +7,7 @@ descriptors), which reports every request, console message and exception of the 
 from __future__ import annotations
 
 import base64
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -191,19 +190,8 @@ def _find_browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def _load(name: str) -> ModuleType:
-    """Import the neighbour that writes run folders; the tests are no package."""
-    path = Path(__file__).parents[1] / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-folders = _load("report_folders")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+folders = importlib.import_module("report_folders")
 
 
 @pytest.fixture(scope="module")

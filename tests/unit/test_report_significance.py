@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from fedmed.report.run_folder import read_comparison
+from fedmed.report.significance import (
+    choose_reference,
+    holm,
+    paired_tests,
+    wilcoxon_p,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+folders = importlib.import_module("report_folders")
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 30, 50])
+def test_wilcoxon_equals_scipy_without_ties(size: int) -> None:
+    differences = np.random.default_rng(size).normal(0.4, 1, size)
+    expected = wilcoxon(differences, method="exact").pvalue
+    assert wilcoxon_p(differences) == pytest.approx(expected, rel=1e-9)
+
+
+def test_wilcoxon_of_many_equals_scipys_normal() -> None:
+    differences = np.round(np.random.default_rng(3).normal(0.1, 1, 200), 1)
+    kept = differences[differences != 0]
+    expected = wilcoxon(kept, method="asymptotic", correction=False).pvalue
+    assert wilcoxon_p(differences) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 1, -1, 2, 2, -3, 1], [0, 0, 0.5, 0.5, -0.5, 1, 1, 1], [1, 1, 1, 1]]
+)
+def test_wilcoxon_with_ties_equals_every_sign_tried(values: list[float]) -> None:
+    kept = np.array([v for v in values if v], dtype=float)
+    size = np.abs(kept)
+    ranks = np.array([(size < v).sum() + ((size == v).sum() + 1) / 2 for v in size])
+    signs = np.array(list(itertools.product([0, 1], repeat=len(kept))))
+    sums = signs @ ranks
+    seen = ranks[kept > 0].sum()
+    far = np.abs(sums - ranks.sum() / 2) >= abs(seen - ranks.sum() / 2) - 1e-9
+    assert wilcoxon_p(np.array(values, dtype=float)) == pytest.approx(far.mean())
+
+
+def test_wilcoxon_of_nothing_is_nan() -> None:
+    assert math.isnan(wilcoxon_p(np.zeros(5)))
+
+
+def test_holm_is_never_below_the_raw_value_and_keeps_the_order() -> None:
+    raw = [0.012, math.nan, 0.5, 0.001, 0.04]
+    found = holm(raw)
+    assert math.isnan(found[1])
+    assert [found[i] for i in (3, 0, 4, 2)] == pytest.approx([0.004, 0.036, 0.08, 0.5])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("s") / "compare"
+    plan = folders.Plan(overlays=False, num_rounds=4, missed_case=None)
+    names = ("separate", "fedavg", "ms_net")
+    return Path(folders.write_comparison(folder, names, (0, 1), plan=plan))
+
+
+def _dice(folder: Path, strategy: str, seed: int, site: str) -> np.ndarray:
+    lines = (folder / f"runs/{strategy}-{seed}/cases.csv").read_text().splitlines()[1:]
+    cells = [line.split(",") for line in lines]
+    return np.array([float(c[5]) for c in cells if c[0] == "4" and c[2] == site])
+
+
+def test_seeds_are_averaged_before_cases_are_paired(compared: Path) -> None:
+    overall, by_site = paired_tests(read_comparison(compared), "fedavg")
+    assert [test.row for test in overall] == ["separate", "ms_net"]
+    assert len(by_site) == 2 * 3
+    pairs = {
+        site: np.mean([_dice(compared, "ms_net", s, site) for s in (0, 1)], axis=0)
+        - np.mean([_dice(compared, "fedavg", s, site) for s in (0, 1)], axis=0)
+        for site in ("a", "b", "c")
+    }
+    test = overall[1]
+    assert test.num_cases == 26
+    mean = np.mean([found.mean() for found in pairs.values()])
+    assert test.difference == pytest.approx(mean)
+    pooled = np.concatenate(list(pairs.values()))
+    assert test.p == pytest.approx(wilcoxon(pooled, method="exact").pvalue)
+    assert test.low < test.difference < test.high
+    seeds = []
+    for s in (0, 1):
+        ours = [_dice(compared, "ms_net", s, site).mean() for site in "abc"]
+        theirs = [_dice(compared, "fedavg", s, site).mean() for site in "abc"]
+        seeds.append(np.mean(ours) - np.mean(theirs))
+    assert test.seed_differences == pytest.approx(seeds)
+
+
+def test_each_table_is_one_family(compared: Path) -> None:
+    for family in paired_tests(read_comparison(compared), "fedavg"):
+        assert [t.p_holm for t in family] == pytest.approx(holm([t.p for t in family]))
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    from fedmed.report.significance import _bootstrap_interval
+
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        pairs = {"a": rng.normal(0.5, 1, 30), "b": rng.normal(1.5, 1, 30)}
+        low, high = _bootstrap_interval(pairs)
+        hits += low < 1.0 < high
+    assert 86 <= hits <= 100
+
+
+def test_unseen_rows_meet_unseen_rows(tmp_path: Path) -> None:
+    plan = folders.Plan(overlays=False, num_rounds=4)
+    folder = folders.write_comparison(
+        tmp_path / "c", ("fedavg", "ms_net"), (0,), leave_out=(None, "a"), plan=plan
+    )
+    overall, _ = paired_tests(read_comparison(folder), "fedavg")
+    assert [t.row for t in overall] == ["ms_net", "ms_net (site unseen)"]
+    assert [t.num_cases for t in overall] == [26, 10]
+
+
+def test_a_single_run_has_no_reference(tmp_path: Path) -> None:
+    folder = folders.write_run(tmp_path / "run", folders.Plan(overlays=False))
+    assert choose_reference(read_comparison(folder)) is None
