@@ -120,9 +120,9 @@ def _federated(study: Study, strategy: Strategy, out: Path) -> Entries:
     found: dict[tuple[SiteId, str], torch.Tensor] = {
         ("", name): tensor for name, tensor in shared.items()
     }
-    private = importlib.import_module("sites.private_state")
+    module = importlib.import_module("sites.private_state")
     for site in transport_sites(study):
-        store = private.PrivateStore(folder.site_folder(site) / "private")
+        store = module.PrivateStore(folder.site_folder(site) / "private")
         kept: State = store.committed(1).states.get("kept", {})
         found.update({(site, name): tensor for name, tensor in kept.items()})
     return found
@@ -197,7 +197,8 @@ def _compare(
         difference = float((got.double() - expected.double()).abs().max())
         if not difference <= worst:  # a NaN must not slip through
             worst, where = difference, f"{site}:{entry}" if site else entry
-        change = (expected.double() - start[(site, entry)].double()).abs().max()
-        moved = max(moved, float(change))
+        if expected.is_floating_point():
+            change = (expected - start[(site, entry)]).abs().max()
+            moved = max(moved, float(change))
     count = sum(tensor.numel() for tensor in pooled.values())
     return Proof(name, steps, worst, where, count, moved)

@@ -92,8 +92,9 @@ class PreprocessSection(Section):
     intensity: Literal[
         "zscore", "zscore_foreground", "percentile", "window", "unit", "none"
     ] = "zscore"
-    percentiles: tuple[float, float] = (1.0, 99.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)
     window: tuple[float, float] | None = None
+    crop: Literal["center", "region", "fit"] = "center"
 
 
 class ModelSection(OpenSection):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmed.imaging.cache import PreparedCase
+from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.partition import Entry
 from fedmed.strategy import Private
 from fedmed.training.examples import cut_patch, patch_corner, read_slices

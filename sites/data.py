@@ -16,7 +16,8 @@ import numpy as np
 
 from fedmed.case import UNKNOWN_LABEL, DatasetCard, SourceSite
 from fedmed.errors import ConfigError, DataError
-from fedmed.imaging.cache import PreparedCache, PreparedCase, prepare_cases
+from fedmed.imaging.cache import PreparedCache, prepare_cases
+from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.imaging.preprocess import Preprocessing
 from fedmed.message import SiteId
 from fedmed.study import Study, expand
@@ -37,8 +38,6 @@ class SiteData:
         splits: Prepared cases by split.
         quarantined: case_id -> reason.
         fingerprints: case_id -> content hash of the image.
-        kept_slices: By split and case: which slices belong to the split, when one
-            volume is divided by slices; empty otherwise.
     """
 
     site_id: SiteId
@@ -102,11 +101,13 @@ def prepare_site(
         Preprocessing(**_preprocessing(study)),
         PreparedCache(cache / "prepared"),
         budget=study.tolerance.quarantine_budget,
-        site_id=source.site_id,
+        problems=source.problems,
     )
-    quarantined = {**source.problems, **prepared.quarantined}
+    quarantined = dict(prepared.quarantined)
     _require_cases(source.site_id, prepared.cases, quarantined)
-    by_id = {case.case_id: case for case in prepared.cases}
+    by_id: dict[str, Any] = {case.case_id: case for case in prepared.cases}
+    if study.model.mode == "row":
+        by_id = {case_id: RowView(case) for case_id, case in by_id.items()}
     usable = tuple(ref for ref in source.cases if ref.case_id in by_id)
     refs = split_by_subject(usable, **_split_arguments(study, source.site_id))
     splits = {name: tuple(by_id[r.case_id] for r in refs[name]) for name in SPLITS}
@@ -116,7 +117,7 @@ def prepare_site(
         source,
         splits,
         quarantined,
-        {case.case_id: case.fingerprint for case in prepared.cases},
+        prepared.fingerprints,
     )
 
 
@@ -153,6 +154,27 @@ def _split_arguments(study: Study, site_id: SiteId) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class RowView:
+    """A table's row in the words of `fedmed.training.examples`."""
+
+    case: PreparedCase
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the case's."""
+        return getattr(self.case, name)
+
+    @property
+    def features_F(self) -> np.ndarray:
+        """float32 (F,), NaN = missing."""
+        return self.case.image_CIJK
+
+    @property
+    def label(self) -> int | None:
+        """The class."""
+        return self.case.class_label
+
+
+@dataclass(frozen=True)
 class SliceView:
     """A case of which only some slices are known: a part of one volume.
 
@@ -179,11 +201,13 @@ class SliceView:
         return self._masked(self.case.label_native_IJK)
 
     def _masked(self, label_IJK: np.ndarray) -> np.ndarray:
-        num = label_IJK.shape[2]
-        first = math.floor(self.first_fraction * num + 0.5)
-        last = math.floor(self.last_fraction * num + 0.5)
+        # Only labelled slices are divided, or a part could end up without any.
+        known = np.flatnonzero((label_IJK != UNKNOWN_LABEL).any(axis=(0, 1)))
+        first = math.floor(self.first_fraction * len(known) + 0.5)
+        last = math.floor(self.last_fraction * len(known) + 0.5)
         masked = np.full_like(label_IJK, UNKNOWN_LABEL)
-        masked[:, :, first:last] = label_IJK[:, :, first:last]
+        mine = known[first:last]
+        masked[:, :, mine] = label_IJK[:, :, mine]
         return masked
 
 

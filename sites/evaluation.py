@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedmed.case import UNKNOWN_LABEL
-from fedmed.imaging.cache import PreparedCase
+from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.imaging.preprocess import restore
 from fedmed.message import State
 from fedmed.metrics.case_scores import score_case

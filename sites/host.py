@@ -149,22 +149,22 @@ class Host:
         return method  # type: ignore[no-any-return]
 
     def _private(self, message: Message) -> Private:
-        """The private value after the last answer that the server acknowledged."""
-        after = str(message.header.get("after", ""))
+        """The private value after the last answer that the server counts."""
+        number, after = int(message.header["round"]), str(message.header["after"])
         if not after:
-            return self._store.committed(int(message.header["round"]) - 1)
+            return self._store.committed(number - 1)
         staged = self._store.staged(after)
         if staged is None:
             raise SiteError(
-                f"site {self._bench.site_id} was restarted in round "
-                f"{message.header['round']} and lost what it had not filed yet"
+                f"site {self._bench.site_id} was restarted in round {number} and lost "
+                "what it had not filed yet"
             )
         return staged
 
     def _end_round(self, message: Message) -> Metrics:
         number = int(message.header["round"])
         private = self._private(message)
-        if message.header.get("after", ""):
+        if message.header["after"] and (private.states or private.facts):
             self._store.commit(number, private)
         content = arguments(message)
         rows = evaluate(
