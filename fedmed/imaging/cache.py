@@ -86,7 +86,8 @@ class PreparedCache:
         """Give the prepared case, from its entry or by reading and preparing it.
 
         Args:
-            ref: The case. Its files are stat'ed, and hashed if they look changed.
+            ref: The case. Its files are stat'ed, and hashed if they look changed. One
+                without files is read each time.
             preprocessing: The settings.
 
         Returns:
@@ -137,6 +138,9 @@ class PreparedCache:
         self._hashes.save()
 
     def _content(self, ref: CaseRef) -> str:
+        if not ref.files:
+            # Made, not read (a phantom): only the voxels tell two of them apart.
+            return _hash_of_case(_read(ref))
         try:
             return self._hashes.combined(ref.files)
         except CaseError as error:
@@ -317,6 +321,16 @@ def _check_budget(reasons: Mapping[str, str], num_cases: int, budget: float) -> 
         f"{budget:.0%}: {shown.replace(chr(10), ' ')}",
         hint="Repair or remove these cases, or raise the quarantine budget.",
     )
+
+
+def _hash_of_case(case: Case) -> str:
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for array in (case.image, case.label, case.region):
+        digest.update(b"none" if array is None else str(array.shape).encode())
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(repr((case.spacing_mm, case.spacing_known)).encode())
+    return digest.hexdigest()
 
 
 def _fingerprint(case: Case) -> str:

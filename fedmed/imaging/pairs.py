@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from fedmed.case import Case
 from fedmed.errors import CaseError
 from fedmed.imaging.geometry import DEFAULT_TOLERANCE_MM, check_label, check_pair
-from fedmed.imaging.pictures import read_label_picture, read_picture
+from fedmed.imaging.pictures import MAX_PIXELS, read_label_picture, read_picture
 from fedmed.imaging.volume import MAX_VOXELS, Volume, read_volume
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
@@ -28,6 +28,7 @@ def read_image_label(  # noqa: PLR0913 (keyword-only after three)
     channels: bool = False,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     max_voxels: int = MAX_VOXELS,
+    root: Path | None = None,
     post: Callable[[Case], Case] | None = None,
 ) -> Case:
     """Read and check one case.
@@ -44,6 +45,8 @@ def read_image_label(  # noqa: PLR0913 (keyword-only after three)
         channels: Read a fourth axis of the image as channels.
         tolerance_mm: How far image and label may lie apart.
         max_voxels: Larger images are refused.
+        root: If given, files that lead out of this folder (symbolic links, "..") are
+            refused.
         post: What the dataset does last to the finished case, e.g. mark slices that
             nobody annotated as unknown. May raise `CaseError`.
 
@@ -55,6 +58,8 @@ def read_image_label(  # noqa: PLR0913 (keyword-only after three)
             of the files is meant, never a path.
         ConfigError: If `labels` and `merge` do not fit each other.
     """
+    if root is not None:
+        _check_inside(case_id, root, (image_path, label_path, region_path))
     image = _read(case_id, "image", image_path, channels, max_voxels)
     label_IJK = region_IJK = None
     if label_path is not None:
@@ -97,6 +102,16 @@ class _Naming:
             raise CaseError(self._prefix + error.message, hint=error.hint) from None
 
 
+def _check_inside(case_id: str, root: Path, paths: Iterable[Path | None]) -> None:
+    inside = root.resolve()
+    for path in paths:
+        if path is not None and not path.resolve().is_relative_to(inside):
+            raise CaseError(
+                f"case {case_id}: a file leads out of the data folder",
+                hint="Replace the symbolic link by the file, or move the data folder.",
+            )
+
+
 def _read(
     case_id: str, role: str, path: Path, channels: bool, max_voxels: int
 ) -> Volume:
@@ -109,7 +124,7 @@ def _read(
             )
         if name.endswith(PICTURE_SUFFIXES):
             read = read_picture if role == "image" else read_label_picture
-            return read(path, max_pixels=max_voxels)
+            return read(path, max_pixels=min(max_voxels, MAX_PIXELS))
         raise CaseError(
             "the kind of file is not known, expected "
             + ", ".join((*VOLUME_SUFFIXES, *PICTURE_SUFFIXES))

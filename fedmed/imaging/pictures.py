@@ -77,7 +77,7 @@ def read_label_picture(path: Path, *, max_pixels: int = MAX_PIXELS) -> Volume:
         CaseError: If the file is damaged, too large, a JPEG or in colour.
     """
     picture = _open(path, max_pixels)
-    if picture.format == "JPEG":
+    if picture.format != "PNG":
         raise CaseError(
             "the label is a JPEG, which changes class numbers near every edge",
             hint="Export the label as PNG.",

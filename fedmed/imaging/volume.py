@@ -85,8 +85,8 @@ def read_volume(
     """
     header, stored = read_voxels(path, max_voxels=max_voxels, channels=channels)
     _check_values(stored, header, max_magnitude)
-    scaled = _scale(stored, header, dtype)
-    turned, affine = _canonical(scaled, header.affine)
+    turned, affine = _canonical(stored, header.affine)
+    turned = _scale(turned, header, dtype)
     array_CIJK = np.moveaxis(turned, 3, 0) if channels else turned[None]
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     return Volume(
@@ -119,7 +119,7 @@ def _scale(stored: np.ndarray, header: NiftiHeader, dtype: Any) -> np.ndarray:
     is_scaled = (header.slope, header.inter) != (1.0, 0.0)
     if dtype is None:
         dtype = np.float32 if is_scaled else stored.dtype.newbyteorder("=")
-    # order="K" keeps the file's order: no slow transposition.
+    # order="K" keeps the file's order (no slow transposition) but undoes flips.
     array = stored.astype(dtype, order="K")
     if is_scaled:
         array *= array.dtype.type(header.slope)

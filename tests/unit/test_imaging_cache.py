@@ -18,6 +18,7 @@ import pytest
 
 from fedmed.case import Case, CaseRef
 from fedmed.errors import CaseError, DataError, QuarantineBudgetError, StorageError
+from fedmed.imaging import file_hashes
 from fedmed.imaging.cache import PreparedCache, changed_cases, prepare_cases
 from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.imaging.preprocess import Preprocessing, prepare
@@ -148,6 +149,21 @@ def test_settings_version_reader_and_id_make_other_entries(
     assert len(entries(tmp_path)) == len(variants)
 
 
+def test_cases_without_files_are_told_apart_by_their_voxels(
+    tmp_path: Path, cache: PreparedCache
+) -> None:
+    """Phantoms of two seeds carry equal names and no files."""
+    paths = [make_ref(tmp_path, f"seed{n}", n).files[0] for n in range(2)]
+    refs = [
+        CaseRef("c1", "c1", (), functools.partial(read, "c1", path)) for path in paths
+    ]
+    opened = [cache.open(ref, PLAIN) for ref in refs]
+    for case, ref in zip(opened, refs, strict=True):
+        same(case.image_CIJK, prepare(ref.read(), PLAIN).image_CIJK)
+        assert cache.is_current(ref, case)
+    assert not cache.is_current(refs[0], opened[1])
+
+
 def test_moved_files_find_their_entry(tmp_path: Path, cache: PreparedCache) -> None:
     cache.open(make_ref(tmp_path, "c1", 1), PLAIN)
     (tmp_path / "moved").mkdir()
@@ -160,10 +176,16 @@ def test_moved_files_find_their_entry(tmp_path: Path, cache: PreparedCache) -> N
 
 @pytest.mark.parametrize("disguise", ["none", "mtime"])
 def test_changed_file_is_seen_between_rounds(
-    tmp_path: Path, cache: PreparedCache, disguise: str
+    tmp_path: Path,
+    cache: PreparedCache,
+    disguise: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(file_hashes, "RACY_S", 0.01)
     refs = [make_ref(tmp_path, "c1", 1), make_ref(tmp_path, "c2", 2)]
+    time.sleep(0.05)  # until the files count as untouched and are believed
     before = prepare_cases(refs, PLAIN, cache, budget=0.0)
+    assert len(json.loads((tmp_path / "cache" / "files.json").read_text())) == 2
     assert changed_cases(refs, before, cache) == ()
     path = refs[1].files[0]
     stat = path.stat()
@@ -328,11 +350,14 @@ def test_processes_may_build_the_same_cases_at_once(tmp_path: Path) -> None:
 # --- warm start -----------------------------------------------------------------------
 
 
-def test_warm_start_is_quick_and_reads_no_scan(tmp_path: Path) -> None:
-    refs = [make_ref(tmp_path, f"c{n:03}", n) for n in range(200)]
+def test_warm_start_is_quick_and_reads_no_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "RACY_S", 0.05)
+    refs = [make_ref(tmp_path, f"scan{n:03}", n) for n in range(200)]
     for ref in refs:
         os.utime(ref.files[0], (1e9, 1e9))
-    time.sleep(2.1)  # until the files count as untouched
+    time.sleep(0.06)  # until the files count as untouched
     prepare_cases(refs, PLAIN, PreparedCache(tmp_path / "cache"), budget=0.0)
 
     def no_read() -> Case:
@@ -348,13 +373,23 @@ def test_warm_start_is_quick_and_reads_no_scan(tmp_path: Path) -> None:
     assert len(prepared.cases) == 200
     index = json.loads((tmp_path / "cache" / "files.json").read_text())
     assert len(index) == 200
-    assert "c001" not in (tmp_path / "cache" / "files.json").read_text()
+    assert "scan" not in (tmp_path / "cache" / "files.json").read_text()
     # Poison the index: a believed entry shows that the file itself was not read.
     for entry in index.values():
         entry[-1] = "0" * 40
     (tmp_path / "cache" / "files.json").write_text(json.dumps(index))
     poisoned = PreparedCache(tmp_path / "cache")
     assert not poisoned.is_current(refs[5], prepared.cases[5])
+
+
+def test_file_rewritten_within_one_time_stamp_is_seen(
+    tmp_path: Path, cache: PreparedCache
+) -> None:
+    """A fresh file may be rewritten without a trace, so its hash is not believed."""
+    ref = make_ref(tmp_path, "c1", 1)
+    prepared = prepare_cases([ref], PLAIN, cache, budget=0.0)
+    assert not (tmp_path / "cache" / "files.json").exists()
+    assert changed_cases([ref], prepared, cache) == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe"])
@@ -475,7 +510,7 @@ def test_no_cases_is_an_empty_set(cache: PreparedCache) -> None:
 
 
 def test_many_cases_need_few_file_handles(tmp_path: Path, cache: PreparedCache) -> None:
-    refs = [make_ref(tmp_path, f"c{n:03}", n) for n in range(150)]
+    refs = [make_ref(tmp_path, f"c{n:03}", n) for n in range(80)]
     prepared = prepare_cases(refs, PLAIN, cache, budget=0.0)
     opened: list[PreparedCase] = list(prepared.cases)
     before = len(os.listdir("/proc/self/fd"))

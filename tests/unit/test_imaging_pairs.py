@@ -234,6 +234,24 @@ def test_messages_name_case_and_role_but_no_path(tmp_path: Path, image_path) -> 
             read_image_label("c1", image_path, tmp_path / name, labels=LABELS)
         assert str(tmp_path) not in str(caught.value)
         assert caught.value.message.count("case c1") == 1
+        assert caught.value.__suppress_context__
+
+
+def test_link_out_of_the_data_folder_is_refused(
+    tmp_path: Path, image_path: Path
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    inside = save(root / "real.nii.gz", mask())
+    (root / "link.nii.gz").symlink_to(inside)
+    (root / "out.nii.gz").symlink_to(image_path)
+    read_image_label("c1", root / "link.nii.gz", None, labels=LABELS, root=root)
+    for path in (root / "out.nii.gz", root / ".." / "image.nii.gz"):
+        with pytest.raises(CaseError, match="leads out of") as caught:
+            read_image_label("c1", path, None, labels=LABELS, root=root)
+        assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(CaseError, match="leads out of"):
+        read_image_label("c1", inside, image_path, labels=LABELS, root=root)
 
 
 def test_empty_region_is_refused(tmp_path: Path, image_path: Path) -> None:

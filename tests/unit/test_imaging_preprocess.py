@@ -155,11 +155,16 @@ def test_finer_grid_agrees_with_scipy() -> None:
 
 
 def test_coarser_grid_averages() -> None:
-    """Halving the grid must not skip every other voxel."""
-    stripes = np.zeros((40, 2, 2), np.float32)
+    """A grid three times coarser must not skip two voxels of three.
+
+    Triangle of half-width 3 on stripes of 1 voxel: (3 + 1 + 1) / 9 around a
+    bright voxel and (2 + 2) / 9 around a dark one; output o lies on input 3 o + 1.
+    """
+    stripes = np.zeros((45, 2, 2), np.float32)
     stripes[::2] = 1.0
-    result = resample_linear(stripes, (20, 2, 2), (2.0, 1.0, 1.0))
-    np.testing.assert_allclose(result[2:-2], 0.5, atol=1e-6)
+    result = resample_linear(stripes, (15, 2, 2), (3.0, 1.0, 1.0))
+    np.testing.assert_allclose(result[1:-1:2], 5 / 9, rtol=1e-5)
+    np.testing.assert_allclose(result[2:-2:2], 4 / 9, rtol=1e-5)
 
 
 def test_constant_stays_constant() -> None:
@@ -276,6 +281,16 @@ def test_input_is_not_changed() -> None:
     np.testing.assert_array_equal(raw.image, before[0])
     np.testing.assert_array_equal(raw.label, before[1])
     np.testing.assert_array_equal(probabilities, copy)
+
+
+def test_what_was_cropped_away_is_background() -> None:
+    """No class bleeds out of the window by interpolation."""
+    raw = case(label=np.ones((40, 36, 8), np.uint8))
+    prepared = prepare(raw, Preprocessing(spacing_mm=(0.35, 0.4), size=(20, 20)))
+    back = restore(one_hot(prepared.label_IJK), prepared)
+    expected = np.zeros_like(back)
+    expected[15:25, 13:23] = 1
+    np.testing.assert_array_equal(back, expected)
 
 
 def test_wrong_predictions_are_refused() -> None:
