@@ -320,12 +320,24 @@ def _list_examples(
         if mode == "row":
             examples += [(number, 0)] if read_row(case)[1] is not None else []
         elif case.label_IJK is not None:
+            _check_label(case, mode)
             known_K = (np.asarray(case.label_IJK) != UNKNOWN_LABEL).any(axis=(0, 1))
             if mode == "slice":
                 examples += [(number, int(k)) for k in np.flatnonzero(known_K)]
             elif known_K.any():
                 examples += [(number, part) for part in range(patches_per_case)]
     return examples
+
+
+def _check_label(case: PreparedCase, mode: Mode) -> None:
+    label_shape = np.asarray(case.label_IJK).shape
+    if label_shape != case.image_CIJK.shape[1:]:
+        raise ConfigError(
+            f"mode {mode!r} needs a label for every voxel; case {case.case_id!r} has "
+            f"an image of shape {case.image_CIJK.shape} and a label of shape "
+            f"{label_shape}",
+            hint="a table with one class per case has mode 'row'",
+        )
 
 
 def _pad_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

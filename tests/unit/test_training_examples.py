@@ -153,6 +153,14 @@ def test_a_site_without_examples_is_an_error():
         ExampleIndex([Row("a", np.zeros(2, np.float32), None)], "row")
 
 
+@pytest.mark.parametrize("label", [np.array(1), np.zeros((6, 5, 3), np.uint8)])
+def test_a_label_that_is_not_one_per_voxel_is_refused(label):
+    case = scan("a")
+    case.label_IJK = label
+    with pytest.raises(ConfigError, match="label for every voxel; case 'a'"):
+        ExampleIndex([case], "slice")
+
+
 def test_rows_may_use_the_names_of_images():
     rows = [Scan(str(n), np.full(2, n, np.float32), np.array(n)) for n in range(3)]
     batch = ExampleIndex(rows, "row").batch(0, 0, 3)
