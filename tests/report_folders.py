@@ -65,7 +65,7 @@ class Plan:
 def write_run(folder: Path, plan: Plan) -> Path:
     """Write one run folder."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng([plan.seed, len(plan.strategy), 5])
+    rng = np.random.default_rng([plan.seed, sum(map(ord, plan.strategy))])
     lock = yaml.safe_dump(_study(plan), sort_keys=False)
     (folder / "study.lock.yaml").write_text(lock)
     rounds = [_round(plan, number, rng) for number in range(1, plan.num_rounds + 1)]

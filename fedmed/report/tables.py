@@ -159,9 +159,7 @@ def _other_cases(site: str, rows: Sequence[Row]) -> list[str]:
     if len(counts) < 2:
         return []
     said = [f"{num} in {listing(labels)}" for num, labels in sorted(counts.items())]
-    return [
-        f"Site {site}: the number of cases differs between rows: {'; '.join(said)}."
-    ]
+    return [f"Site {site}: rows differ in the number of cases: {'; '.join(said)}."]
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
