@@ -298,7 +298,7 @@ def test_every_truncation_and_extension_is_refused() -> None:
     for size in range(len(data)):
         with pytest.raises(WireError):
             decode(data[:size], limits=LIMITS)
-    with pytest.raises(WireError):
+    with pytest.raises(WireError, match="declares"):
         decode(data + b"\0", limits=LIMITS)
 
 
