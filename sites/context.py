@@ -68,6 +68,12 @@ class Workbench:
         return self.pool[0]
 
     @functools.cached_property
+    def case_ids(self) -> frozenset[str]:
+        """Names of all cases behind this bench, usable or not."""
+        listed = {ref.case_id for data in self.pool for ref in data.source.cases}
+        return frozenset(listed.union(*(data.quarantined for data in self.pool)))
+
+    @functools.cached_property
     def task(self) -> Task:
         """What is to be learned, as the data set's card says."""
         return Task.of(self.data.card)

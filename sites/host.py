@@ -21,10 +21,17 @@ from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
 from fedmed.strategy import Outcome, Private, Strategy
 from fedmed.study import expand, study_from_dict
+from sites.case_names import load_pseudonym_key
 from sites.context import HospitalContext, Workbench
 from sites.evaluation import evaluate
 from sites.ledger import Ledger
-from sites.policy import Policy, enforce, load_policy
+from sites.policy import (
+    Policy,
+    PolicyContext,
+    enforce,
+    load_policy,
+    require_pooled,
+)
 from sites.private_state import PrivateStore
 from sites.scrub import describe
 
@@ -81,6 +88,8 @@ class Host:
         self._folder = folder.site_folder(bench.site_id)
         self._ledger = Ledger(folder.ledger / bench.site_id)
         self._store = PrivateStore(self._folder / "private", durable=durable)
+        if bench.is_pooled:
+            require_pooled(policy, bench.site_id)
 
     def close(self) -> None:
         """Release files."""
@@ -88,7 +97,7 @@ class Host:
 
     def describe_failure(self, error: BaseException) -> SiteFailure:
         """Say what went wrong without a path or a patient."""
-        return describe(error)
+        return describe(error, keep=(self._bench.site_id,))
 
     def handle(self, message: Message) -> Message:
         """Answer one message.
@@ -103,15 +112,24 @@ class Host:
         self._ledger.append(
             action=message.kind,
             server_round=int(message.header.get("round", 0)),
+            exchange=str(message.header.get("token", "")),
             reply=reply,
         )
         return reply
 
-    def _policy_context(self, message: Message) -> Mapping[str, Any]:
-        return {
-            "site_id": self._bench.site_id,
-            "round": int(message.header.get("round", 0)),
-        }
+    def _policy_context(self, message: Message) -> PolicyContext:
+        """What the policy needs to know; only simulations may have guessable noise."""
+        simulated = self._bench.study.transport.name != "deployment"
+        header = message.header
+        return PolicyContext(
+            site_id=self._bench.site_id,
+            round=int(header.get("round", 0)),
+            token=str(header.get("token", "")),
+            received=arguments(message).get("weights", {}),
+            case_ids=self._bench.case_ids,
+            pseudonym_key=load_pseudonym_key(self._folder),
+            simulation_seed=self._bench.study.seed if simulated else None,
+        )
 
     def _answer(self, message: Message) -> Payload:
         if message.kind == "join":
