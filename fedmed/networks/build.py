@@ -19,6 +19,7 @@ from torch import nn
 
 from fedmed import networks
 from fedmed.errors import ConfigError
+from fedmed.networks.foreign import accepting_site, load_class
 from fedmed.networks.monai import make_monai_network
 from fedmed.networks.normalisation import Norm
 from fedmed.networks.options import check_options, nearest
@@ -31,7 +32,7 @@ _NORM_OPTIONS = {
     "norm_max_groups": "max_groups",
     "norm_affine": "affine",
 }
-_NO_NETWORKS = ("build", "monai", "normalisation", "options")
+_NO_NETWORKS = ("build", "foreign", "monai", "normalisation", "options")
 _Convolution = nn.modules.conv._ConvNd
 _Transposed = nn.modules.conv._ConvTransposeNd
 
@@ -83,7 +84,8 @@ def build_network(  # noqa: PLR0913 - what a study says of a network
                 name.removeprefix("monai:"), **sizes, options=options
             )
         elif ":" in name:
-            network = _make(_foreign_class(name), {**sizes, **options}, name=name)
+            foreign = accepting_site(load_class(name))
+            network = _make(foreign, {**sizes, **options}, name=name)
         else:
             norm = _norm(options, site_ids)
             rest = {k: v for k, v in options.items() if k not in _NORM_OPTIONS}
@@ -163,20 +165,6 @@ def _own_class(name: str) -> type[nn.Module]:
     members = vars(importlib.import_module(f"fedmed.networks.{name}"))
     wanted = name.replace("_", "")
     found: type[nn.Module] = next(v for k, v in members.items() if k.lower() == wanted)
-    return found
-
-
-def _foreign_class(name: str) -> type[nn.Module]:
-    module_name, _, class_name = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"network {name!r} cannot be loaded: {error}",
-            hint="the package must be installed at the server and at every site",
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"network {name!r} is not a class of torch.nn.Module")
     return found
 
 

@@ -1,8 +1,7 @@
 """Multilayer perceptron for tables, with the parts encoder and head.
 
 A missing value (NaN) becomes 0, the mean of a standardised feature; an indicator per
-feature tells the network that it was missing (Little and Rubin, Statistical Analysis
-with Missing Data, section 3.3 on indicator methods and their limits).
+feature tells the network that it was missing.
 """
 
 from __future__ import annotations

@@ -9,22 +9,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedmed.errors import ConfigError, MissingDependencyError
+from fedmed.networks.foreign import accepting_site
 from fedmed.networks.options import check_options, nearest
 
 _INPUT_NAMES = ("in_channels", "n_input_channels")
 _OUTPUT_NAMES = ("out_channels", "num_classes", "n_classes")
-
-
-class AcceptsSite:
-    """Lets a network that knows no sites be called like ours."""
-
-    def forward(self, images: Tensor, site: str | None = None) -> Any:
-        """Call the network; `site` changes nothing."""
-        del site
-        return super().forward(images)  # type: ignore[misc]
 
 
 def make_monai_network(
@@ -56,10 +48,8 @@ def make_monai_network(
         if option is not None:
             options.setdefault(option, value)
     check_options(network_class, options, name=f"monai:{name}")
-    # A subclass and not a wrapper: names of parameters stay as MONAI gives them.
-    adapted = type(name, (AcceptsSite, network_class), {})
     try:
-        network: nn.Module = adapted(**options)
+        network = accepting_site(network_class)(**options)
     except TypeError as error:
         raise ConfigError(f"network 'monai:{name}': {error}") from error
     return network

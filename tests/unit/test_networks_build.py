@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -25,8 +26,11 @@ class Foreign(nn.Module):
         return self.head(self.first(images))
 
 
-class NoModule:
-    pass
+class Siteless(Foreign):
+    """Never heard of sites."""
+
+    def forward(self, rows):
+        return super().forward(rows)
 
 
 def equal(a, b):
@@ -40,10 +44,6 @@ def test_equal_seeds_give_equal_weights_and_others_do_not():
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def foreign_name():
-    return f"{Foreign.__module__}:Foreign"
-
-
 @pytest.fixture
 def importable(monkeypatch):
     """Make this file importable by name, as an installed package would be."""
@@ -52,7 +52,7 @@ def importable(monkeypatch):
 
     module = types.ModuleType("a_strangers_package")
     module.Foreign = Foreign
-    module.NoModule = NoModule
+    module.Siteless = Siteless
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module.__name__
 
@@ -151,9 +151,22 @@ def test_a_class_anywhere_can_be_named(importable):
         build_network(name, in_channels=2, num_classes=3, seed=0, widht=5)
 
 
+def test_a_network_that_knows_no_sites_is_called_like_ours(importable):
+    model = build_network(
+        f"{importable}:Siteless", in_channels=2, num_classes=3, seed=0
+    )
+    rows = torch.ones(1, 2)
+    assert isinstance(model, Siteless)
+    assert torch.equal(model(rows, site="a"), model(rows))
+    own = Siteless(2, 3)
+    own.load_state_dict(model.state_dict())
+    assert torch.equal(own(rows), model(rows))
+    assert list(copy.deepcopy(model).state_dict()) == list(own.state_dict())
+
+
 def test_the_folder_names_its_networks():
     assert {"mlp", "unet"} <= set(known_networks())
-    for name in ("build", "normalisation", "options", "monai"):
+    for name in ("build", "foreign", "monai", "normalisation", "options"):
         assert name not in known_networks()
 
 
