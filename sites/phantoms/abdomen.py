@@ -78,10 +78,10 @@ def _paint_back(canvas: Canvas) -> None:
     canvas.blob("fluid", Blob((0, -60, 0), (8, 7, 2000)))
     canvas.mirrored("muscle", Blob((34, -72, 0), (26, 18, 2000)))
     canvas.mirrored("muscle", Blob((32, -34, -60), (14, 18, 90)))
-    canvas.walled("wall", "blood", Blob((-10, -10, 0), (10, 10, 2000)), wall_mm=1.5)
     canvas.walled(
-        "wall", "venous_blood", Blob((20, -8, 0), (12, 10, 2000)), wall_mm=1.0
+        "wall", "portal_artery", Blob((-10, -10, 0), (10, 10, 2000)), wall_mm=1.5
     )
+    canvas.walled("wall", "portal_vein", Blob((20, -8, 0), (12, 10, 2000)), wall_mm=1.0)
 
 
 def _paint_liver(canvas: Canvas, size: float, vessels: np.ndarray) -> None:
@@ -93,7 +93,7 @@ def _paint_liver(canvas: Canvas, size: float, vessels: np.ndarray) -> None:
     near_zero = (np.abs(vessels) < 0.09) & (np.abs(space.z - 40) < 40)
     inside = (canvas.label == LIVER) & near_zero
     core = right.grown(-16).level(space.x, space.y, space.z) < 1
-    canvas.mask("venous_blood", inside & core, label=LIVER)
+    canvas.mask("portal_vein", inside & core, label=LIVER)
     canvas.walled("wall", "fluid", Blob((58, 52, -8), (13, 15, 24)), wall_mm=1.5)
 
 

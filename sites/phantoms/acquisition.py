@@ -107,8 +107,9 @@ def mr_signal(dials: Dials, *, t1_ms: np.ndarray, t2_ms: np.ndarray) -> np.ndarr
         float64 (T,), proton density 1 without relaxation = 1.
     """
     density = tissues.column("density")
-    flow = tissues.FLOW[dials.modality]
-    density[[tissues.CODE["blood"], tissues.CODE["venous_blood"]]] *= flow
+    blood = (tissues.ARTERIAL, tissues.VENOUS)
+    for names, flow in zip(blood, tissues.FLOW[dials.modality], strict=True):
+        density[[tissues.CODE[name] for name in names]] *= flow
     decay = np.exp(-dials.te_ms / t2_ms)
     recovery = np.exp(-dials.tr_ms / t1_ms)
     if dials.modality == "t1w":

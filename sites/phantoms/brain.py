@@ -28,7 +28,7 @@ def build(grid: Grid, rng: np.random.Generator, visit: Visit) -> Body:
     hull = (64 + 6 * draw[0], 80 + 8 * draw[1], 62 + 6 * draw[2])
     radius = (float(hull[0]), float(hull[1]), float(hull[2]))
     space = deform(grid, rng, amplitude_mm=1.8, scale_mm=38, position_mm=2.0)
-    folds = smooth_noise(grid, rng, scale_mm=7.5)
+    folds = smooth_noise(grid, rng, scale_mm=6.8)
     texture = smooth_noise(grid, rng, scale_mm=5.0)
     atrophy = float(draw[3] ** 2)
     lesion_place = rng.uniform(-1, 1, size=(3, 3))
@@ -62,18 +62,18 @@ def _paint_cerebrum(
 ) -> None:
     space = canvas.space
     depth = _depth_mm(space, radius)
-    sulcus = np.abs(folds) * np.float32(6.6)  # mm from the sheet: slope about 1/6.6
+    sulcus = np.abs(folds) * np.float32(6.0)  # mm from the sheet: slope about 1/6
     # sheets thin out and close with depth
-    open_mm = np.float32(1.1 + 0.9 * atrophy) - depth * np.float32(0.06)
+    open_mm = np.float32(1.1 + 0.9 * atrophy) - depth * np.float32(0.05)
     middle = np.abs(space.x)
     fissure = (middle < 1.6 + 0.8 * atrophy) & ((space.z > 24) | (depth < 30))
     inside = (depth > 0) & (space.z > -38 + 0.12 * space.y)
-    to_pia = np.minimum(depth, sulcus - open_mm + np.maximum(depth - 25, 0))
+    to_pia = np.minimum(depth, sulcus - open_mm + np.maximum(depth - 28, 0))
     near_fissure = np.where((space.z > 22) | (depth < 28), middle - 1.6, 99)
     to_pia = np.minimum(to_pia, near_fissure.astype(np.float32))
     canvas.mask("white_matter", inside, label=WHITE)
-    canvas.mask("grey_matter", inside & (to_pia < 3.1), label=GREY)
-    sulci = (sulcus < open_mm) & (depth < 18)
+    canvas.mask("grey_matter", inside & (to_pia < 3.2), label=GREY)
+    sulci = (sulcus < open_mm) & (depth < 20)
     canvas.mask("fluid", inside & (sulci | fissure), label=CSF)
 
 

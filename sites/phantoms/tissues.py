@@ -60,6 +60,8 @@ TISSUES: dict[str, Tissue] = {
     "perfluorocarbon": Tissue(0.02, _NONE, _NONE, 60, texture=0),
     "blood": Tissue(0.95, (1440, 1800, 2300), (250, 170, 70), 45, 310, 0.04, 6),
     "venous_blood": Tissue(0.95, (1440, 1800, 2300), (200, 110, 50), 45, 150, 0.05, 8),
+    "portal_artery": Tissue(0.95, (1440, 1800, 2300), (250, 170, 70), 45, 105, 0.04, 6),
+    "portal_vein": Tissue(0.95, (1440, 1800, 2300), (200, 110, 50), 45, 120, 0.05, 6),
     # prostate
     "peripheral_zone": Tissue(0.92, (1300, 1600, 2000), (165, 145, 100), 40, 20, 0.10),
     "central_gland": Tissue(0.88, (1150, 1450, 1800), (100, 88, 65), 42, 35, 0.22),
@@ -89,6 +91,8 @@ FLOW: dict[str, tuple[float, float]] = {
     "bssfp": (1.35, 1.3),
 }
 """What flow does to arterial and venous blood: voids in spin echoes, fresh inflow."""
+
+ARTERIAL, VENOUS = ("blood", "portal_artery"), ("venous_blood", "portal_vein")
 
 NAMES: tuple[str, ...] = tuple(TISSUES)
 CODE: dict[str, int] = {name: code for code, name in enumerate(NAMES)}

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,18 @@ from sites.phantoms.plan import PhantomOptions, make_plan
 from sites.phantoms.presets import PRESETS
 
 SMALL = {"cases_per_site": 1, "size": (24, 24, 6)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("miniature")
+    phantom.write_miniature(root, 5)
+    return root
+
+
+@pytest.fixture
+def miniature(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "miniature")
 
 
 def files_of(root):
@@ -205,43 +218,39 @@ def test_same_patients_travel_to_every_hospital(tmp_path):
     assert not np.array_equal(labels[0], labels[2])
 
 
-def test_miniature_is_read_like_any_folder(tmp_path):
-    phantom.write_miniature(tmp_path, 5)
-    opened = phantom.open_sites(tmp_path)
+def test_miniature_is_read_like_any_folder(miniature):
+    opened = phantom.open_sites(miniature)
     assert [site.site_id for site in opened] == ["a", "b", "c"]
     assert [len(site.cases) for site in opened] == [3, 3, 3]
     for site in opened:
         for ref in site.cases:
             assert ref.read().label.max() == 1
-    assert phantom.card(tmp_path) == phantom.CARD
-    assert phantom.open_sites(tmp_path, preset="prostate_abc", seed=5)
+    assert phantom.card(miniature) == phantom.CARD
+    assert phantom.open_sites(miniature, preset="prostate_abc", seed=5)
 
 
 @pytest.mark.parametrize(
     "options",
     [{"seed": 6}, {"preset": "prostate_af"}, {"dials": {"a": {"noise": 0.9}}}],
 )
-def test_a_folder_made_with_other_options_is_refused(options, tmp_path):
-    phantom.write_miniature(tmp_path, 5)
+def test_a_folder_made_with_other_options_is_refused(options, miniature):
     with pytest.raises(ConfigError):
-        phantom.open_sites(tmp_path, **options)
+        phantom.open_sites(miniature, **options)
 
 
-def test_a_folder_without_phantom_is_refused(tmp_path):
+def test_a_folder_without_phantom_is_refused(tmp_path, miniature):
     with pytest.raises(DataError, match=r"phantom\.json"):
         phantom.open_sites(tmp_path)
-    phantom.write_miniature(tmp_path, 0)
-    (tmp_path / "b" / "site.json").write_text("{")
+    (miniature / "b" / "site.json").write_text("{")
     with pytest.raises(DataError, match=r"site\.json"):
-        phantom.open_sites(tmp_path)
+        phantom.open_sites(miniature)
 
 
-def test_missing_and_damaged_files_are_seen(tmp_path):
-    phantom.write_miniature(tmp_path, 0)
-    (tmp_path / "a" / "masks" / "a_0001.nii.gz").unlink()
-    damaged = tmp_path / "a" / "images" / "a_0002.nii.gz"
+def test_missing_and_damaged_files_are_seen(miniature):
+    (miniature / "a" / "masks" / "a_0001.nii.gz").unlink()
+    damaged = miniature / "a" / "images" / "a_0002.nii.gz"
     damaged.write_bytes(damaged.read_bytes()[:-200])
-    site = phantom.open_sites(tmp_path)[0]
+    site = phantom.open_sites(miniature)[0]
     assert [ref.case_id for ref in site.cases] == ["a_0000", "a_0002"]
     assert list(site.problems) == ["a_0001"]
     with pytest.raises(CaseError, match="a_0002"):
@@ -256,9 +265,8 @@ def test_unknown_options_and_presets_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_site_json_tells_the_dials_and_no_path(tmp_path):
-    phantom.write_miniature(tmp_path, 0)
-    text = (tmp_path / "b" / "site.json").read_text()
+def test_site_json_tells_the_dials_and_no_path(miniature):
+    text = (miniature / "b" / "site.json").read_text()
     facts = json.loads(text)
     assert facts["dials"]["coil"] == "endorectal"
     assert facts["facts"] == {
@@ -267,4 +275,4 @@ def test_site_json_tells_the_dials_and_no_path(tmp_path):
         "field_t": 1.5,
         "coil": "endorectal",
     }
-    assert str(tmp_path) not in text
+    assert str(miniature) not in text
