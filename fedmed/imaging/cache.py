@@ -34,7 +34,7 @@ from fedmed.imaging.prepared_case import (
 )
 from fedmed.imaging.preprocess import Preprocessing, prepare
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raise when `prepare`, a reader or the layout of an entry gives other numbers."""
 
 _LOG = logging.getLogger(__name__)

@@ -114,7 +114,8 @@ class Prepared:
         case_id: As in `Case`.
         image_CIJK: float32, normalised; padding holds each channel's minimum. A
             table's row: (F,).
-        label_IJK: uint8; padding is `UNKNOWN_LABEL`. Classification: 0-d int64.
+        label_IJK: uint8; padding and what lies outside the region are
+            `UNKNOWN_LABEL`. Classification: 0-d int64.
         label_native_IJK: uint8 on the scan's grid; None for classification.
         region_IJK: As in `Case`, on the network's grid, 0 in the padding.
         region_native_IJK: As in `Case`.
@@ -166,9 +167,7 @@ def prepare(case: Case, preprocessing: Preprocessing) -> Prepared:
     return Prepared(
         case_id=case.case_id,
         image_CIJK=_image(case, preprocessing, geometry),
-        label_IJK=_on_grid(case.label, geometry, UNKNOWN_LABEL)
-        if is_map
-        else case.label,
+        label_IJK=_known_label(case, geometry) if is_map else case.label,
         label_native_IJK=case.label if is_map else None,
         region_IJK=_on_grid(case.region, geometry, 0),
         region_native_IJK=case.region,
@@ -177,6 +176,15 @@ def prepare(case: Case, preprocessing: Preprocessing) -> Prepared:
         spacing_known=case.spacing_known,
         geometry=geometry,
     )
+
+
+def _known_label(case: Case, geometry: Geometry) -> np.ndarray | None:
+    """Label on the network's grid; outside the region nothing is to be learned."""
+    label_IJK = _on_grid(case.label, geometry, UNKNOWN_LABEL)
+    region_IJK = _on_grid(case.region, geometry, 0)
+    if label_IJK is None or region_IJK is None:
+        return label_IJK
+    return np.where(region_IJK == 0, np.uint8(UNKNOWN_LABEL), label_IJK)
 
 
 def restore(probabilities_LIJK: np.ndarray, prepared: HasGeometry) -> np.ndarray:

@@ -327,3 +327,19 @@ def test_impossible_settings_are_refused(settings) -> None:
 def test_absurd_spacing_is_refused() -> None:
     with pytest.raises(CaseError, match="too many"):
         prepare(case(), Preprocessing(spacing_mm=(1e-4, 1e-4)))
+
+
+def test_outside_the_region_nothing_is_to_be_learned() -> None:
+    region = np.ones((8, 8, 1), np.uint8)
+    region[:4] = 0
+    case = Case(
+        "a",
+        np.random.default_rng(0).random((1, 8, 8, 1), dtype=np.float32),
+        np.ones((8, 8, 1), np.uint8),
+        (1.0, 1.0, 1.0),
+        region=region,
+    )
+    prepared = prepare(case, Preprocessing())
+    assert prepared.label_IJK is not None
+    assert np.all(prepared.label_IJK[:4] == UNKNOWN_LABEL)
+    assert np.all(prepared.label_IJK[4:] == 1)
