@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -88,7 +89,11 @@ class Workbench:
     def model(self) -> nn.Module:
         """The one live network of this bench; weights are loaded per message."""
         device = resolve_device(self.study.train.device)
-        return build_model(self.study, self.task, self.strategy).to(device)
+        model = build_model(self.study, self.task, self.strategy).to(device)
+        if self.study.model.mode == "slice":
+            # A third faster on CPUs, more on GPUs with tensor cores.
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     @functools.cached_property
     def initial(self) -> State:
@@ -163,6 +168,11 @@ class Workbench:
         self.model.load_state_dict(state)
         return self.model
 
+    def _salted(self, fingerprint: str) -> str:
+        """Hash that only sites of the same study can compare."""
+        text = f"{self.study.name}\x1f{self.study.seed}\x1f{fingerprint}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
     def card(self) -> dict[str, Any]:
         """What the site says about itself when it joins."""
         source = self.data.source.card
@@ -174,7 +184,7 @@ class Workbench:
                 "facts": dict(source.facts),
             },
             "num_cases": self.data.num_cases,
-            "fingerprints": sorted(self.data.fingerprints.values()),
+            "fingerprints": sorted(map(self._salted, self.data.fingerprints.values())),
         }
 
 
@@ -220,4 +230,3 @@ class HospitalContext:
 def _copied(model: nn.Module, names: Iterable[str]) -> State:
     state: Mapping[str, torch.Tensor] = model.state_dict()
     return {name: state[name].detach().cpu().clone() for name in names}
-

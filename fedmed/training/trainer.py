@@ -67,6 +67,8 @@ class Trainer:
     def forward(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Mean loss of one batch, differentiable."""
         images = batch.images.to(self.device, DTYPES[self.precision])
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         labels = batch.labels.to(self.device)
         with self._autocast():
             logits = model(images, site=self.site_id)
