@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -116,34 +115,29 @@ def test_any_names_come_back(
     assert back == tree
 
 
-WRITER = """
-import sys
-from pathlib import Path
-import torch
-from fedmed.checkpoint import Checkpoints
-checkpoints = Checkpoints(Path(sys.argv[1]))
-newest, _ = checkpoints.load_newest()
-first = newest.round + 1 if newest else 0
-sys.stdout.write("ready\\n"); sys.stdout.flush()
-for number in range(first, 10**6):
-    state = {"shared": {"w": torch.full((20_000,), float(number))}}
-    checkpoints.save(number, state, {"n": number}, score=number % 7)
-"""
+def write_for_ever(folder: Path) -> None:
+    checkpoints = Checkpoints(folder)
+    newest, _ = checkpoints.load_newest()
+    first = newest.round + 1 if newest else 0
+    for number in range(first, 10**6):
+        state = {"shared": {"w": torch.full((20_000,), float(number))}}
+        checkpoints.save(number, state, {"n": number}, score=float(number % 7))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_p1_killed_at_any_instant_something_whole_remains(tmp_path: Path) -> None:
     rng = random.Random(0)
     reached = -1
-    for _ in range(2):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE
-        )
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(0.02 + 0.1 * rng.random())
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                write_for_ever(tmp_path)
+            finally:
+                os._exit(1)
+        time.sleep(0.05 + 0.05 * rng.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         checkpoints = Checkpoints(tmp_path)
         loaded, skipped = checkpoints.load_newest()
         if loaded is None:
@@ -169,9 +163,12 @@ def test_p1_death_at_every_system_call(
         Checkpoints(folder).save(2, states(2))
         pid = os.fork()
         if pid == 0:
-            die_before(step, nth)
-            Checkpoints(folder).save(3, states(3), score=2.0)
-            os._exit(7)
+            try:
+                die_before(step, nth)
+                Checkpoints(folder).save(3, states(3), score=2.0)
+                os._exit(7)
+            finally:
+                os._exit(1)
         finished = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
         loaded, skipped = Checkpoints(folder).load_newest()
         assert loaded is not None

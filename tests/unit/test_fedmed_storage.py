@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -45,30 +46,21 @@ def test_the_old_file_survives_an_error_in_the_middle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from fedmed.errors import StorageError
-from fedmed.storage import write_atomic
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_atomic(Path(sys.argv[1]), bytes(5000))
-except StorageError as error:
-    sys.stdout.write(error.message)
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_p2_a_disk_that_refuses_more_bytes_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_atomic(path, b"old")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, path],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    assert done.stdout == "x cannot be written: File too large", done.stderr
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_atomic(path, bytes(5000))
+        except StorageError as error:
+            os._exit(7 if error.message == "x cannot be written: File too large" else 8)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -148,30 +140,26 @@ def test_a_name_that_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from fedmed.storage import RunLock
-lock = RunLock(Path(sys.argv[1]))
-lock.acquire()
-sys.stdout.write("held\\n"); sys.stdout.flush()
-time.sleep(60)
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_p5_the_lock_names_the_other_process_and_dies_with_it(tmp_path: Path) -> None:
-    other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with RunLock(tmp_path):
+                os.write(theirs, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(1)
     try:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(RunLockedError, match=f"process {other.pid} on "):
+        assert os.read(ours, 4) == b"held"
+        with pytest.raises(RunLockedError, match=f"process {child} on "):
             RunLock(tmp_path).acquire()
     finally:
-        other.kill()
-        other.wait()
-        other.stdout.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ours)
+        os.close(theirs)
     with RunLock(tmp_path) as lock:
         assert lock.is_held
         assert str(os.getpid()) in (tmp_path / "run.pid").read_text()

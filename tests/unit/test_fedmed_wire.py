@@ -398,7 +398,7 @@ def test_u18_mutated_messages_with_a_right_checksum(data: st.DataObject) -> None
 def test_u18_memory_is_bounded() -> None:
     hostile = [
         frame(HEADER, body) for body in BAD_BODIES.values() if len(body) < 2**17
-    ] + [frame(b'{"kind":"a","header":{"x":[' + b"[]," * 21_000 + b"0]}}", EMPTY)]
+    ] + [frame(b'{"kind":"a","header":{"x":[' + b"[]," * 5_000 + b"0]}}", EMPTY)]
     tracemalloc.start()
     for data in hostile:
         decode_or_wire_error(data)

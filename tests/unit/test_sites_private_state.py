@@ -191,9 +191,11 @@ def test_death_before_every_rename_leaves_a_whole_version(tmp_path: Path) -> Non
             run_round(first, 1)
             pid = os.fork()
             if pid == 0:
-                die_before_rename(nth)
-                run_round(PrivateStore(folder, durable=durable), 2)
-                os._exit(0)
+                try:
+                    die_before_rename(nth)
+                    run_round(PrivateStore(folder, durable=durable), 2)
+                finally:
+                    os._exit(0)
             os.waitpid(pid, 0)
             after = PrivateStore(folder, durable=durable)
             assert value(after.load(1)) == 1.0
