@@ -7,12 +7,13 @@ failures whichever way the message came.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 
 import torch
 
+from fedmed import exact_json
+from fedmed.errors import WireError
 from fedmed.message import Answer, Message, SiteId
 from fedmed.transports.failure import describe_failure
 from fedmed.transports.transport import Host, HostSpec
@@ -64,18 +65,27 @@ class HostKeeper:
 def isolated(message: Message) -> Message:
     """Give an equal message that cannot be changed through the original.
 
-    The header becomes what JSON makes of it and the tensors become dense, row-major
-    and detached, on the CPU: just what arrives from another machine.
+    Header and tensors become just what arrives from another machine: the header what
+    `fedmed.exact_json` makes of it, the tensors sorted by name, detached, dense and
+    row-major, on the CPU. Sums over them then have one order in all transports.
 
     Nothing is copied until one of the two sides writes: the tensors are lazy clones,
     which torch copies at the first write to either. Memory that torch does not own
     (an array behind `from_numpy`) is copied at once. The one gap: a NumPy view that
     the sender took of its own tensor before sending, and writes to afterwards.
+
+    Raises:
+        WireError: If the header holds what cannot be sent.
     """
+    try:
+        header = exact_json.loads(exact_json.dumps(message.header))
+    except ValueError as error:
+        raise WireError(f"cannot send this message: {error}") from error
+    tensors = sorted(message.tensors.items())
     return Message(
         message.kind,
-        json.loads(json.dumps(dict(message.header))),
-        {name: _lazy_clone(tensor) for name, tensor in message.tensors.items()},
+        header,
+        {name: _lazy_clone(tensor) for name, tensor in tensors},
     )
 
 

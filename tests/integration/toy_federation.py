@@ -115,3 +115,28 @@ def assert_bitwise_equal(one: State, other: State) -> None:
 
 def content(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def drive(transport: Transport, folder: Path) -> None:
+    """What Flower's server app calls."""
+    from fedmed.transports.transport import HostSpec
+
+    plan = json.loads((folder / "plan.json").read_text())
+    site_ids = tuple(plan["sites"])
+    transport.open(HostSpec("unused", {}), site_ids)
+    if plan.get("raise"):
+        raise PolicyError("the plan says so", hint="write another plan")
+    result = run_rounds(transport, site_ids, rounds=plan["rounds"])
+    torch.save(result, folder / "result.pt")
+    reasons = {}
+    if plan.get("misbehave"):
+        header = {"round": 9, "misbehave": plan["misbehave"]}
+        ask = Message("train", header, {"weights": torch.ones(40, 30)})
+        answers = transport.exchange(dict.fromkeys(site_ids, ask), timeout_s=60.0)
+        reasons = {
+            site: [answer.reason, answer.detail]
+            if isinstance(answer, SiteFailure)
+            else ["ok", ""]
+            for site, answer in answers.items()
+        }
+    (folder / "reasons.json").write_text(json.dumps(reasons))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmed.errors import DataError, FedMedError, PolicyError
+from fedmed.errors import DataError, FedMedError, PolicyError, WireError
 from fedmed.message import Message, SiteFailure, State
 from fedmed.transports.failure import describe_failure
 from fedmed.transports.inprocess import InProcessTransport
@@ -14,6 +14,7 @@ from fedmed.transports.transport import Host, HostSpec
 
 LOG: list[tuple[str, str]] = []
 THREADS: list[int] = []
+NAMES: list[str] = []
 KEPT: list[torch.Tensor] = []
 HEADERS: list[Mapping[str, Any]] = []
 
@@ -31,6 +32,7 @@ class Toy:
         if message.kind == "keep":
             KEPT.append(message.tensors["x"])
             HEADERS.append(message.header)
+            NAMES.extend(message.tensors)
             return Message("ok")
         if message.kind == "foreign":
             raise FileNotFoundError("/data/DOE_JANE/scan.nii.gz")
@@ -71,7 +73,7 @@ SITES = ("b", "a", "empty", "bad_closer")
 
 @pytest.fixture
 def transport() -> Iterator[InProcessTransport]:
-    for record in (LOG, THREADS, KEPT, HEADERS):
+    for record in (LOG, THREADS, KEPT, HEADERS, NAMES):
         record.clear()
     with InProcessTransport() as opened:
         opened.open(HostSpec(f"{__name__}:open_toy", {}), SITES)
@@ -141,11 +143,16 @@ def test_message_arrives_as_it_would_from_another_machine(
 ) -> None:
     image = torch.arange(24.0).reshape(1, 2, 3, 4)
     image = image.to(memory_format=torch.channels_last)
-    header = {"steps": (1, 2), "classes": {3: "liver"}}
-    transport.exchange({"a": Message("keep", header, {"x": image})})
+    header = {"steps": (1, 2), "loss": float("nan"), "a": None}
+    message = Message("keep", header, {"x": image, "b": image})
+    transport.exchange({"a": message})
     assert KEPT[0].is_contiguous()
     assert torch.equal(KEPT[0], image)
-    assert HEADERS[0] == {"steps": [1, 2], "classes": {"3": "liver"}}
+    assert NAMES == ["b", "x"]
+    assert list(HEADERS[0]) == ["a", "loss", "steps"]
+    assert HEADERS[0]["steps"] == [1, 2]
+    with pytest.raises(WireError, match="cannot send"):
+        transport.exchange({"a": Message("keep", {"when": object()})})
 
 
 def test_foreign_exception_text_stays_inside(transport: InProcessTransport) -> None:
