@@ -21,6 +21,7 @@ import numpy as np
 from fedmed.case import Case, CaseRef, DatasetCard, SiteCard, SourceSite
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.pairs import read_image_label
+from sites.listing import OUTSIDE, is_inside
 from sites.options import parse_options
 from sites.phantoms.plan import GENERATOR_VERSION, PhantomOptions, Plan, make_plan
 from sites.phantoms.presets import ANATOMIES, PRESETS
@@ -118,12 +119,20 @@ def _site_ids(root: Path) -> list[str]:
 def _manifest(root: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((root / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"Folder {root.name!r} holds no readable {MANIFEST}.",
-            hint="Leave the study's root empty, and the phantom is generated.",
-        ) from error
+        hospitals = PRESETS[manifest["preset"]].hospitals
+        is_known = set(manifest["num_cases"]) == set(hospitals)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_manifest(root) from error
+    if not is_known:
+        raise _no_manifest(root)
     return manifest
+
+
+def _no_manifest(root: Path) -> DataError:
+    return DataError(
+        f"Folder {root.name!r} holds no readable {MANIFEST}.",
+        hint="Leave the study's root empty, and the phantom is generated.",
+    )
 
 
 def _demand_agreement(root: Path, options: dict[str, Any]) -> None:
@@ -155,10 +164,12 @@ def _open_site(folder: Path, preset_name: str) -> SourceSite:
     refs, problems = [], {}
     for case_id, about in sorted(facts["cases"].items()):
         ref = _case_ref(folder, case_id, about, preset_name)
-        if all(path.is_file() for path in ref.files):
-            refs.append(ref)
-        else:
+        if not all(path.is_file() for path in ref.files):
             problems[case_id] = "image or mask is missing"
+        elif not all(is_inside(path, folder) for path in ref.files):
+            problems[case_id] = OUTSIDE
+        else:
+            refs.append(ref)
     site_card = SiteCard(
         title=facts["title"],
         modality=facts["modality"],

@@ -257,6 +257,29 @@ def test_missing_and_damaged_files_are_seen(miniature):
         site.cases[1].read()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"preset": "x"}',
+        '{"preset": "prostate_abc", "num_cases": {"..": 1}}',
+    ],
+)
+def test_a_damaged_manifest_is_refused(text, tmp_path):
+    (tmp_path / "phantom.json").write_text(text)
+    with pytest.raises(DataError, match=r"phantom\.json"):
+        phantom.open_sites(tmp_path)
+
+
+def test_a_file_outside_the_site_is_not_read(miniature):
+    scan = miniature / "a" / "images" / "a_0001.nii.gz"
+    scan.unlink()
+    scan.symlink_to(miniature / "b" / "images" / "b_0001.nii.gz")
+    site = phantom.open_sites(miniature)[0]
+    assert "a_0001" in site.problems
+
+
 def test_unknown_options_and_presets_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="preset"):
         phantom.open_sites(None, preset="prostat_abc", cache_dir=tmp_path)
