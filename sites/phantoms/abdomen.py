@@ -5,6 +5,8 @@ Labels: 1 liver, 2 right kidney, 3 left kidney, 4 spleen; the patient's right is
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 
 from sites.phantoms.canvas import Anatomy, Blob, Body, Canvas, Visit, along, turned
@@ -45,7 +47,7 @@ def build(grid: Grid, rng: np.random.Generator, visit: Visit) -> Body:
 
 
 def _paint_trunk(canvas: Canvas, girth: float, *, fat_mm: float) -> None:
-    trunk = Blob((0, 8, 0), (158 * girth, 108 * girth, 2000), power=2)
+    trunk = Blob((0, 8, 0), (158 * girth, 108 * girth, inf), power=2)
     canvas.blob("skin", trunk)
     canvas.blob("fat", trunk.grown(-2.5))
     wall = trunk.grown(-fat_mm)
@@ -72,16 +74,16 @@ def _paint_bowel(canvas: Canvas, noise: np.ndarray) -> None:
 
 
 def _paint_back(canvas: Canvas) -> None:
-    canvas.blob("cortical_bone", Blob((0, -38, 0), (23, 18, 2000)))
-    canvas.blob("marrow", Blob((0, -38, 0), (20.5, 15.5, 2000)))
-    canvas.blob("cortical_bone", Blob((0, -66, 0), (10, 22, 2000)))
-    canvas.blob("fluid", Blob((0, -60, 0), (8, 7, 2000)))
-    canvas.mirrored("muscle", Blob((34, -72, 0), (26, 18, 2000)))
+    canvas.blob("cortical_bone", Blob((0, -38, 0), (23, 18, inf)))
+    canvas.blob("marrow", Blob((0, -38, 0), (20.5, 15.5, inf)))
+    canvas.blob("cortical_bone", Blob((0, -66, 0), (10, 22, inf)))
+    canvas.blob("fluid", Blob((0, -60, 0), (8, 7, inf)))
+    canvas.mirrored("muscle", Blob((34, -72, 0), (26, 18, inf)))
     canvas.mirrored("muscle", Blob((32, -34, -60), (14, 18, 90)))
     canvas.walled(
-        "wall", "portal_artery", Blob((-10, -10, 0), (10, 10, 2000)), wall_mm=1.5
+        "wall", "portal_artery", Blob((-10, -10, 0), (10, 10, inf)), wall_mm=1.5
     )
-    canvas.walled("wall", "portal_vein", Blob((20, -8, 0), (12, 10, 2000)), wall_mm=1.0)
+    canvas.walled("wall", "portal_vein", Blob((20, -8, 0), (12, 10, inf)), wall_mm=1.0)
 
 
 def _paint_liver(canvas: Canvas, size: float, vessels: np.ndarray) -> None:

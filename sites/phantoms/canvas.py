@@ -20,7 +20,7 @@ class Blob:
 
     Attributes:
         centre_mm: Centre.
-        radius_mm: Semi-axes.
+        radius_mm: Semi-axes; `inf` makes a cylinder.
         axes: Rows are the unit vectors of the semi-axes; None: x, y, z.
         power: 2 = ellipsoid, 4 = boxier.
     """
@@ -40,7 +40,9 @@ class Blob:
         """Half the size of the box about the blob, along x, y, z."""
         if self.axes is None:
             return self.radius_mm
-        scaled = self.axes.astype(np.float64) * np.array(self.radius_mm)[:, None]
+        radius = np.array(self.radius_mm, np.float64)[:, None]
+        axes = self.axes.astype(np.float64)
+        scaled = np.multiply(axes, radius, out=np.zeros((3, 3)), where=axes != 0)
         i, j, k = np.sqrt((scaled**2).sum(axis=0)).tolist()
         return (i, j, k)
 
@@ -51,9 +53,16 @@ class Blob:
             for position, centre in zip((x, y, z), self.centre_mm, strict=True)
         ]
         if self.axes is not None:
-            parts = [_dot(row, parts) for row in self.axes]
+            parts = [
+                part if np.isinf(radius) else _dot(row, parts)
+                for row, part, radius in zip(
+                    self.axes, parts, self.radius_mm, strict=True
+                )
+            ]
         total = np.zeros(np.broadcast_shapes(x.shape, y.shape, z.shape), np.float32)
         for part, radius in zip(parts, self.radius_mm, strict=True):
+            if np.isinf(radius):
+                continue
             np.multiply(part, np.float32(1 / radius), out=part)
             for _ in range(self.power // 2):
                 np.square(part, out=part)

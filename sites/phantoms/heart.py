@@ -6,6 +6,8 @@ Labels: 1 ascending aorta (AA), 2 left atrium cavity (LAC), 3 left ventricle cav
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
 
 from sites.phantoms.canvas import Anatomy, Blob, Body, Canvas, Visit, along, turned
@@ -43,25 +45,25 @@ def build(grid: Grid, rng: np.random.Generator, visit: Visit) -> Body:
 
 
 def _paint_thorax(canvas: Canvas) -> None:
-    canvas.blob("skin", Blob((5, -10, 0), (172, 122, 500), power=4))
-    canvas.blob("fat", Blob((5, -10, 0), (169, 119, 500), power=4))
-    canvas.blob("muscle", Blob((5, -12, 0), (152, 104, 500), power=2))
-    ribs = Blob((5, -12, 0), (140, 96, 500))
+    canvas.blob("skin", Blob((5, -10, 0), (172, 122, inf), power=4))
+    canvas.blob("fat", Blob((5, -10, 0), (169, 119, inf), power=4))
+    canvas.blob("muscle", Blob((5, -12, 0), (152, 104, inf), power=2))
+    ribs = Blob((5, -12, 0), (140, 96, inf))
     space = canvas.space
     turns = np.sin((space.z - 0.5 * space.y) * np.float32(2 * np.pi / 26)) > 0.35
     canvas.mask("cortical_bone", (ribs.level(space.x, space.y, space.z) < 1) & turns)
     canvas.blob("muscle", ribs.grown(-6))
     for centre_x in (72.0, -72.0):
-        lung = Blob((centre_x, -14, 5), (62, 84, 200))
+        lung = Blob((centre_x, -14, 5), (62, 84, inf))
         canvas.blob("lung", lung, keep=lambda _x, y, z: z > -45 - 0.15 * y)
-    canvas.blob("fat", Blob((5, 5, 20), (31, 78, 300)))  # mediastinum
+    canvas.blob("fat", Blob((5, 5, 20), (31, 78, inf)))  # mediastinum
     canvas.blob("liver", Blob((45, 0, -85), (90, 75, 50)))
-    canvas.blob("cortical_bone", Blob((5, -82, 0), (20, 18, 500)))
-    canvas.blob("marrow", Blob((5, -82, 0), (17.5, 15.5, 500)))
-    canvas.blob("fluid", Blob((5, -104, 0), (8, 7, 500)))
-    canvas.mirrored("muscle", Blob((30, -104, 0), (24, 14, 500)))
-    canvas.blob("cortical_bone", Blob((5, 84, 0), (18, 6, 500)))
-    canvas.blob("marrow", Blob((5, 84, 0), (16, 4, 500)))
+    canvas.blob("cortical_bone", Blob((5, -82, 0), (20, 18, inf)))
+    canvas.blob("marrow", Blob((5, -82, 0), (17.5, 15.5, inf)))
+    canvas.blob("fluid", Blob((5, -104, 0), (8, 7, inf)))
+    canvas.mirrored("muscle", Blob((30, -104, 0), (24, 14, inf)))
+    canvas.blob("cortical_bone", Blob((5, 84, 0), (18, 6, inf)))
+    canvas.blob("marrow", Blob((5, 84, 0), (16, 4, inf)))
 
 
 def _paint_right_heart(canvas: Canvas, axes: np.ndarray, scale: float) -> None:
@@ -75,7 +77,7 @@ def _paint_right_heart(canvas: Canvas, axes: np.ndarray, scale: float) -> None:
 
 def _paint_vessels(canvas: Canvas, scale: float) -> None:
     canvas.walled(
-        "wall", "blood", Blob((-14, -52, 0), (12, 12, 400)), wall_mm=1.5
+        "wall", "blood", Blob((-14, -52, 0), (12, 12, inf)), wall_mm=1.5
     )  # descending aorta
     canvas.walled(
         "wall", "venous_blood", Blob((36, -4, 90), (9, 10, 75)), wall_mm=1.0

@@ -7,6 +7,7 @@ prostate sets of the literature are used after merging their zones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -76,11 +77,11 @@ def build(grid: Grid, rng: np.random.Generator, visit: Visit) -> Body:
 
 def _paint_pelvis(canvas: Canvas, gland: _Gland) -> None:
     hip = gland.hip
-    canvas.blob("skin", Blob((0, -5, 0), (185, 118, 400), power=4))
-    canvas.blob("fat", Blob((0, -5, 0), (182, 115, 400), power=4))
-    gluteus = Blob((95, -78, 0), (78, 32, 300), turned(-22))
+    canvas.blob("skin", Blob((0, -5, 0), (185, 118, inf), power=4))
+    canvas.blob("fat", Blob((0, -5, 0), (182, 115, inf), power=4))
+    gluteus = Blob((95, -78, 0), (78, 32, inf), turned(-22))
     canvas.mirrored("muscle", gluteus)
-    canvas.mirrored("muscle", Blob((hip - 15, 60, 0), (48, 20, 300), turned(20)))
+    canvas.mirrored("muscle", Blob((hip - 15, 60, 0), (48, 20, inf), turned(20)))
     canvas.mirrored("muscle", Blob((56, 4, 0), (12, 40, 60), turned(8)))  # obturator
     canvas.mirrored("muscle", Blob((30, -22, -6), (4, 24, 34), turned(14)))  # levator
     bones = (
@@ -161,7 +162,7 @@ def _paint_rectum(canvas: Canvas, gland: _Gland, visit: Visit) -> CoilPlace:
     r = gland.rectum
     y = -(b + r) - 1.5
     content = "gas" if gland.has_gas else "stool"
-    canvas.walled("wall", content, Blob((0, y, 0), (1.25 * r, r, 200)), wall_mm=3.2)
+    canvas.walled("wall", content, Blob((0, y, 0), (1.25 * r, r, inf)), wall_mm=3.2)
     return CoilPlace((0.0, y), r)
 
 

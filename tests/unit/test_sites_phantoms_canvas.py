@@ -22,8 +22,10 @@ def space():
         Blob((3, -4, 2), (12, 8, 10)),
         Blob((3, -4, 2), (20, 5, 10), turned(35)),
         Blob((-6, 4, 0), (5, 7, 22), along((1.0, 0.4, 0.5))),
-        Blob((0, 0, 0), (18, 12, 300), None, 4),
+        Blob((0, 0, 0), (18, 12, np.inf), None, 4),
         Blob((0, 0, 0), (900, 900, 900)),
+        Blob((4, 4, 0), (9, 15, np.inf), turned(-20)),
+        Blob((0, 6, 0), (np.inf, 9, np.inf)),
     ],
 )
 def test_painting_in_a_window_misses_nothing(space, blob):
