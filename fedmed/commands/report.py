@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import typer
 
@@ -30,10 +31,13 @@ def print_table(table: Table) -> None:
 
     shown = RichTable(title=f"{table.name}: {table.score_name}")
     for index, title in enumerate(table.header):
-        shown.add_column(title, justify="left" if index == 0 else "right")
+        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        shown.add_column(title, justify=justify, no_wrap=True)
     for row in table.text_rows():
         shown.add_row(*row)
     console = Console()
-    console.print(shown)
+    # Cut numbers are worse than wrapped lines, in a file as in a narrow terminal.
+    needed = console.measure(shown, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(shown)
     for note in table.notes:
         console.print(note, highlight=False)
