@@ -88,7 +88,8 @@ def descend(
         weights: Trainable entries; entries without a gradient are returned as given.
         gradient: Subset of the names of `weights`, same shapes and dtypes.
         spec: The optimiser.
-        memory: What the previous step returned, {} at the start.
+        memory: What the previous step returned, {} at the start. That of entries
+            without a gradient is returned as given.
 
     Returns:
         New weights and new memory; the arguments are unchanged.
@@ -98,10 +99,11 @@ def descend(
     for parameter, name in zip(parameters, names, strict=True):
         parameter.grad = gradient[name].to(parameter.dtype)
     optimizer = spec.build(parameters)
-    restore_memory(optimizer, names, memory)
+    own = {key: m for key, m in memory.items() if key.rpartition("|")[0] in gradient}
+    restore_memory(optimizer, names, own)
     optimizer.step()
     moved = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
-    return {**weights, **moved}, memory_of(optimizer, names)
+    return {**weights, **moved}, {**memory, **memory_of(optimizer, names)}
 
 
 def clip(gradient: State, max_norm: float | None) -> State:

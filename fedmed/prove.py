@@ -81,7 +81,8 @@ def prove(name: str, *, steps: int = 5, overrides: Sequence[str] = ()) -> Proof:
         overrides: Changes of `PROOF_STUDY`, as on the command line.
 
     Raises:
-        ConfigError: If the strategy does not claim to be exact.
+        ConfigError: If the strategy does not claim to be exact, or an override asks
+            for something that has no pooled side here.
     """
     content: dict[str, Any] = {
         **PROOF_STUDY,
@@ -90,6 +91,7 @@ def prove(name: str, *, steps: int = 5, overrides: Sequence[str] = ()) -> Proof:
     }
     study = study_from_dict(apply_overrides(content, overrides), where="the proof")
     strategy = _exact_strategy(study)
+    _require_comparable(study, strategy, steps)
     with tempfile.TemporaryDirectory(prefix="fedmed-prove-") as temporary:
         federated = _federated(study, strategy, Path(temporary) / "run")
     pooled, start = _pooled(study, strategy, steps)
@@ -106,6 +108,25 @@ def _exact_strategy(study: Study) -> Strategy:
             hint="`fedmed strategies` lists those that do.",
         )
     return load_strategy(section.name, section.options)
+
+
+def _require_comparable(study: Study, strategy: Strategy, steps: int) -> None:
+    """Refuse what would be reported as a difference and is none of the method's."""
+    wanted: dict[str, tuple[Any, Any]] = {
+        "rounds": (study.rounds, 1),
+        "strategy.sync": (strategy.sync, "step"),
+        "train.local_steps": (study.train.local_steps, steps),
+        "train.clip_norm": (study.train.clip_norm, None),
+        "split.held_out": (study.split.held_out, ()),
+    }
+    for key, (seen, needed) in wanted.items():
+        if seen != needed:
+            raise ConfigError(
+                f"the proof compares with {key} {needed!r} only (seen: {seen!r})",
+                hint="The number of steps is the option --steps."
+                if key == "train.local_steps"
+                else "Leave this override out.",
+            )
 
 
 Entries = Mapping[tuple[SiteId, str], torch.Tensor]

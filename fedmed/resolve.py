@@ -11,11 +11,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedmed.errors import ConfigError, ShadowedPackageError
 from fedmed.strategy import Strategy
@@ -36,8 +37,8 @@ def require_own_packages() -> None:
         if origin != home / name:
             raise ShadowedPackageError(
                 f"the package {name!r} that Python finds is not fedmed's own",
-                hint=f"Rename or move the folder {name!r} that lies on your Python path "
-                "(often the current folder), or reinstall fedmed.",
+                hint=f"Rename or move the folder {name!r} that lies on your Python "
+                "path (often the current folder), or reinstall fedmed.",
             )
 
 
@@ -62,10 +63,11 @@ def strategy_class(name: str) -> type[Strategy]:
     if ":" in name:
         return _external(name)
     if name not in strategy_names():
-        near = difflib.get_close_matches(name, strategy_names(), 1)
+        known = strategy_names()
+        near = difflib.get_close_matches(name, known, 1)
         asked = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"there is no strategy {name!r}; {asked}known: {', '.join(strategy_names())}"
+            f"there is no strategy {name!r}; {asked}known: {', '.join(known)}"
         )
     return _only_strategy(importlib.import_module(f"strategies.{name}"))
 
@@ -132,16 +134,31 @@ def _split_options(cls: type[Strategy], given: dict[str, Any]) -> dict[str, Any]
 def _convert(cls: type[Strategy], given: Mapping[str, Any]) -> dict[str, Any]:
     """Turn YAML's strings and lists into the declared field types."""
     hints = get_type_hints(cls)
-    converted: dict[str, Any] = {}
-    for key, value in given.items():
-        try:
-            if hints[key] is float and not isinstance(value, bool):
-                value = float(value)
-            elif hints[key] is int and int(value) == float(value):
-                value = int(value)
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"strategy.{key} must be a number (seen: {value!r})"
-            ) from None
-        converted[key] = tuple(value) if isinstance(value, list) else value
-    return converted
+    return {key: _converted(key, hints[key], value) for key, value in given.items()}
+
+
+def _converted(key: str, hint: Any, value: Any) -> Any:
+    if hint is float or hint is int:
+        return _number(key, hint, value)
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise ConfigError(
+            f"strategy.{key} must be one of {', '.join(map(str, get_args(hint)))} "
+            f"(seen: {value!r})"
+        )
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(f"strategy.{key} must be true or false (seen: {value!r})")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _number(key: str, kind: type[int] | type[float], value: Any) -> int | float:
+    """Accept 1e-3 as YAML reads it, a string; refuse yes, NaN, and 2.5 as a count."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+        if math.isnan(number) or (kind is int and not number.is_integer()):
+            raise ValueError
+    except (TypeError, ValueError):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ConfigError(
+            f"strategy.{key} must be {wanted} (seen: {value!r})"
+        ) from None
+    return kind(value) if isinstance(value, int) else kind(number)

@@ -174,7 +174,9 @@ class Server:
         )
         return self.with_shared(moved).remember(**{memory: moments})
 
-    def merge(self, replies: Mapping[SiteId, State], weights: Mapping[SiteId, float]) -> State:
+    def merge(
+        self, replies: Mapping[SiteId, State], weights: Mapping[SiteId, float]
+    ) -> State:
         """Merge states by role: weights averaged, statistics by total variance."""
         return merge_states(replies, weights, self.entries)
 
@@ -314,4 +316,3 @@ class Strategy(abc.ABC):
         from fedmed.training.pooled import pooled_step
 
         pooled_step(pool, index)
-

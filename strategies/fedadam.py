@@ -5,7 +5,7 @@ algorithm 2 (FedOpt).
     m <- beta1 m + (1 - beta1) Delta
     v <- beta2 v + (1 - beta2) Delta^2
     w^{t+1} <- w^t + eta_g m / (sqrt(v) + tau)
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedmed.strategy import (
     at_site,
 )
 from fedmed.training.local import local_gradient, local_training, merged, stepped
-from fedmed.training.pooled import PooledTraining, pooled_gradient
+from fedmed.training.pooled import PooledTraining, optimizer_change
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class FedAdam(Strategy):
         return local_training(site, weights)
 
     def pooled_step(self, pool: PooledTraining, index: int) -> None:
-        """The pooled method: the moments of -lr g, for plain SGD in the study."""
-        gradient = pooled_gradient(pool, index)
-        for name, parameter in pool.model.named_parameters():
-            zero = torch.zeros_like(parameter)
-            m, v = pool.memory.get(f"{name}|m", zero), pool.memory.get(f"{name}|v", zero)
-            step = -pool.lr * gradient[name]
-            m = m + (1 - self.beta1) * (step - m)
-            v = v + (1 - self.beta2) * (step**2 - v)
+        """The pooled method: the moments of one optimiser step, -lr g for plain SGD."""
+        for name, (start, change) in optimizer_change(pool, index).items():
+            zero = torch.zeros_like(start)
+            m = pool.memory.get(f"{name}|m", zero)
+            v = pool.memory.get(f"{name}|v", zero)
+            m = m + (1 - self.beta1) * (change - m)
+            v = v + (1 - self.beta2) * (change**2 - v)
             pool.memory |= {f"{name}|m": m, f"{name}|v": v}
-            parameter.data += self.server_lr * m / (torch.sqrt(v) + self.tau)
+            update = self.server_lr * m / (torch.sqrt(v) + self.tau)
+            pool.model.get_parameter(name).data = start + update

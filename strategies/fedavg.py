@@ -5,7 +5,7 @@ Decentralized Data, AISTATS 2017, arXiv:1602.05629, algorithm 1.
     for each round t:
         each site k:  w_k <- w^t; E local epochs or K local steps of SGD on L_k
         server:       w^{t+1} <- sum_k (n_k / n) w_k
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 

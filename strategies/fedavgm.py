@@ -1,9 +1,9 @@
-r"""FedAvgM. Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for
-Federated Visual Classification, 2019, arXiv:1909.06335, section 4.
+r"""FedAvgM. Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution
+for Federated Visual Classification, 2019, arXiv:1909.06335, section 4.
 
     Delta <- sum_k (n_k / n) (w_k - w^t)
     v <- beta v + Delta;   w^{t+1} <- w^t + eta_g v
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedmed.strategy import (
     at_site,
 )
 from fedmed.training.local import local_gradient, local_training, merged, stepped
-from fedmed.training.pooled import PooledTraining, pooled_gradient
+from fedmed.training.pooled import PooledTraining, optimizer_change
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,11 @@ class FedAvgM(Strategy):
         return local_training(site, weights)
 
     def pooled_step(self, pool: PooledTraining, index: int) -> None:
-        """The pooled method: heavy-ball SGD, v <- beta v - lr g; w <- w + eta_g v.
+        """The pooled method: v <- beta v + d; w <- w + eta_g v, d one optimiser step.
 
-        Holds for plain SGD as the study's optimiser.
+        With plain SGD this is heavy-ball momentum, d = -lr g.
         """
-        gradient = pooled_gradient(pool, index)
-        for name, parameter in pool.model.named_parameters():
-            velocity = pool.memory.setdefault(name, torch.zeros_like(parameter))
-            velocity.mul_(self.beta).sub_(gradient[name], alpha=pool.lr)
-            parameter.data.add_(velocity, alpha=self.server_lr)
+        for name, (start, change) in optimizer_change(pool, index).items():
+            before = pool.memory.get(name, torch.zeros_like(start))
+            pool.memory[name] = velocity = self.beta * before + change
+            pool.model.get_parameter(name).data = start + self.server_lr * velocity

@@ -1,9 +1,9 @@
-r"""FedBN. Li, Jiang, Zhang, Kamp, Dou, FedBN: Federated Learning on Non-IID Features via
-Local Batch Normalization, ICLR 2021, arXiv:2102.07623, algorithm 1.
+r"""FedBN. Li, Jiang, Zhang, Kamp, Dou, FedBN: Federated Learning on Non-IID Features
+via Local Batch Normalization, ICLR 2021, arXiv:2102.07623, algorithm 1.
 
     each site k:  all entries but normalisation <- w^t;  w_k <- local steps on L_k
     server:       w^{t+1} <- sum_k p_k w_k   without any normalisation entry
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 

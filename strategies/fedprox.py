@@ -3,7 +3,7 @@ arXiv:1812.06127, algorithm 2.
 
     each site k:  w_k <- approximate minimiser of L_k(w) + mu/2 ||w - w^t||^2
     server:       w^{t+1} <- sum_k (n_k / n) w_k
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-r"""SCAFFOLD. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated
-Learning, ICML 2020, arXiv:1910.06378, algorithm 1, option II.
+r"""SCAFFOLD. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for
+Federated Learning, ICML 2020, arXiv:1910.06378, algorithm 1, option II.
 
     each site k, K steps:  w_k <- w_k - eta_l (g_k(w_k) - c_k + c)
                            c_k+ <- c_k - c + (w^t - w_k) / (K eta_l)
     server:                w^{t+1} <- w^t + eta_g mean_k (w_k - w^t)
                            c <- c + (|S| / N) mean_k (c_k+ - c_k)
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from fedmed.strategy import (
     at_site,
 )
 from fedmed.training.local import merged, train_here, trained_outcome
+from fedmed.training.pooled import PooledTraining, optimizer_change
 
 _CONTROL = "control"
 
@@ -43,7 +44,7 @@ class Scaffold(Strategy):
 
     Exchanges: 1 per round (`sync: round`) or 1 per step (`sync: step`, K = 1). With
     every site present the control variates cancel in a mean of single steps, so
-    `sync: step` equals pooled SGD.
+    `sync: step` equals pooled SGD of step size eta_g eta_l.
 
     Leaves the site:
         Weights: shared entries; extra "control": the change of the control variate,
@@ -70,7 +71,9 @@ class Scaffold(Strategy):
     def __post_init__(self) -> None:
         """Check the constant."""
         if self.server_lr <= 0:
-            raise ConfigError(f"strategy.server_lr must be > 0 (seen: {self.server_lr})")
+            raise ConfigError(
+                f"strategy.server_lr must be > 0 (seen: {self.server_lr})"
+            )
 
     def initial(self, server: Server) -> Server:
         """Start with c = 0."""
@@ -141,10 +144,15 @@ class Scaffold(Strategy):
         end = dict(model.named_parameters())
         scale = 1 / (result.steps * site.trainer.optimizer.lr)
         change = {
-            name: scale * (weights[name] - end[name].detach()) - c
+            name: scale * (weights[name] - end[name].detach().to(c)) - c
             for name, c in control.items()
         }
         kept = {name: own[name] + change[name] for name in control}
         return trained_outcome(
             site, model, result, extra={_CONTROL: change}, keep={_CONTROL: kept}
         )
+
+    def pooled_step(self, pool: PooledTraining, index: int) -> None:
+        """The pooled method: SGD of step size eta_g eta_l, w <- w - eta_g eta_l g."""
+        for name, (start, change) in optimizer_change(pool, index).items():
+            pool.model.get_parameter(name).data = start + self.server_lr * change

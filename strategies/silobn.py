@@ -3,7 +3,7 @@ Datasets, DART at MICCAI 2020, arXiv:2008.07424, section 3.
 
     each site k:  all entries but running statistics <- w^t;  w_k <- local steps on L_k
     server:       w^{t+1} <- sum_k p_k w_k   scale and shift included
-"""  # noqa: D205, D415
+"""  # noqa: D205
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ class PooledTraining:
         return self.models[min(self.models)]
 
 
-def tied(model: nn.Module, site_ids: tuple[SiteId, ...], shared: tuple[str, ...]) -> dict[SiteId, nn.Module]:
+def tied(
+    model: nn.Module, site_ids: tuple[SiteId, ...], shared: tuple[str, ...]
+) -> dict[SiteId, nn.Module]:
     """Copy a network per site, with one common parameter for each shared name."""
     models = {site: copy.deepcopy(model) for site in site_ids}
     first = dict(models[min(site_ids)].named_parameters())
@@ -81,7 +83,7 @@ def pooled_gradient(pool: PooledTraining, index: int) -> State:
         * pool.loss(pool.models[site](batch.images, site=site), batch.labels)
         for site, batch in sorted(batches.items())
     ]
-    torch.stack(terms).sum().backward()
+    torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
     return {
         name: p.grad for name, p in pool.model.named_parameters() if p.grad is not None
     }
@@ -91,3 +93,18 @@ def pooled_step(pool: PooledTraining, index: int) -> None:
     """One step of the study's optimiser on the pooled loss."""
     pooled_gradient(pool, index)
     pool.optimizer.step()
+
+
+def optimizer_change(
+    pool: PooledTraining, index: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take one step of the study's optimiser, and say from where and how far it went.
+
+    Returns:
+        Parameter name -> its value before, and its change; for methods that put a
+        second optimiser on top of that change.
+    """
+    named = dict(pool.model.named_parameters())
+    start = {name: p.detach().clone() for name, p in named.items()}
+    pooled_step(pool, index)
+    return {name: (start[name], p.detach() - start[name]) for name, p in named.items()}

@@ -118,7 +118,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             loss = self.forward(model, batch)
             losses.append(loss.detach())
-            (loss if penalty is None else loss + penalty(model)).backward()
+            total = loss if penalty is None else loss + penalty(model)
+            total.backward()  # type: ignore[no-untyped-call]
             for name, shift in (correction or {}).items():
                 if (grad := named[name].grad) is not None:
                     grad.add_(shift.to(grad))
