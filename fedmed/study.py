@@ -105,12 +105,16 @@ class ModelSection(OpenSection):
         mode: "slice" (2D, 2.5D), "patch" (3D) or "row" (tables).
         slices: Adjacent slices fed as channels (odd); 1 = plain 2D.
         patch_size: Of mode "patch", voxels in I, J, K.
+        patches_per_case: Of mode "patch": examples of one case in an epoch.
+        foreground_fraction: Of mode "patch": share of patches centred on an organ.
     """
 
     name: str = "unet"
     mode: Literal["slice", "patch", "row"] = "slice"
     slices: int = Field(1, ge=1)
     patch_size: tuple[int, int, int] | None = None
+    patches_per_case: int = Field(1, ge=1)
+    foreground_fraction: float = Field(0.0, ge=0, le=1)
 
 
 class OptimizerSection(Section):
@@ -132,6 +136,7 @@ class TrainSection(Section):
         local_steps: Steps per round and site.
         local_epochs: Instead of `local_steps`: passes over the site's own examples.
         loss: Name for `fedmed.losses.build`.
+        loss_options: Its options (`smooth_numerator`, `class_weights`...).
         optimizer: Of the sites in `sync: round`, of the server in `sync: step`.
         optimizer_state: Whether a site's optimiser starts afresh each round.
         clip_norm: Largest gradient norm.
@@ -145,6 +150,7 @@ class TrainSection(Section):
     local_steps: int | None = Field(None, ge=1)
     local_epochs: float | None = Field(None, gt=0)
     loss: str = "dice_linear+cross_entropy"
+    loss_options: Mapping[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerSection = OptimizerSection()
     optimizer_state: Literal["reset", "keep"] = "reset"
     clip_norm: float | None = Field(None, gt=0)

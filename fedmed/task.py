@@ -95,7 +95,7 @@ def build_trainer(study: Study, site_id: SiteId) -> Trainer:
     """Build a site's trainer."""
     train = study.train
     return Trainer(
-        loss=build_loss(train.loss),
+        loss=build_loss(train.loss, **train.loss_options),
         optimizer=build_optimizer(study),
         site_id=site_id,
         clip_norm=train.clip_norm,

@@ -127,6 +127,8 @@ class Workbench:
             model.mode,
             num_slices=model.slices,
             patch_size=model.patch_size,
+            patches_per_case=model.patches_per_case,
+            foreground_fraction=model.foreground_fraction,
             augmentation=Augmentation(**self.study.train.augmentation),
         )
 
