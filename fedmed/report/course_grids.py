@@ -13,7 +13,8 @@ from fedmed.report.tables import Table
 from fedmed.report.wording import NO_VALUE, duration, size
 
 _SCANNER_FACTS = ("vendor", "scanner", "model")
-_FIELD_FACTS = ("field_T", "field", "field_strength_T")
+_FIELD_FACTS = ("field_T", "field_t", "field", "field_strength_T")
+_SPLITS = ("num_train", "num_validation", "num_test")
 _COIL_FACTS = ("coil",)
 
 
@@ -149,11 +150,7 @@ def _site_row(site: str, data: Mapping[str, Any], role: str) -> dict[str, str]:
     field = next(filter(None, [_take(facts, name) for name in _FIELD_FACTS]), "")
     coil = _take(facts, *_COIL_FACTS)
     others = "; ".join(f"{k}: {_plain(v)}" for k, v in sorted(facts.items()))
-    splits = [
-        f"{data[key]} {key[4:]}"
-        for key in data
-        if str(key).startswith("num_") and key not in {"num_cases", "num_examples"}
-    ]
+    splits = [f"{data[key]} {key[4:]}" for key in _SPLITS if key in data]
     return {
         "Site": site,
         "Hospital": str(card.get("title") or ""),

@@ -169,12 +169,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _partner(
     groups: Sequence[tuple[Entry, ...]], group: tuple[Entry, ...], reference: str
 ) -> tuple[Entry, ...] | None:
-    """Find the reference's runs, tested the same way where there are such."""
-    left_out = group[0].held_out is not None
-    same = [g for g in groups if g[0].strategy == reference and g is not group]
+    """Find the reference's runs that were tested the same way.
+
+    Training alone is tested in one way only, so every row may be held against it.
+    """
     if group[0].strategy == reference:
         return None
+    left_out = group[0].held_out is not None
+    same = [g for g in groups if g[0].strategy == reference]
     same.sort(key=lambda g: (g[0].held_out is not None) != left_out)
+    if reference != ALONE:
+        same = [g for g in same if (g[0].held_out is not None) == left_out]
     return same[0] if same else None
 
 

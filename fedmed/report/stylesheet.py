@@ -89,6 +89,8 @@ dd { margin: 0; }
   dd { margin-bottom: .6rem; }
 }
 @media print {
+  html { font-size: 10pt; }
+  td.word { min-width: 0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
   h2, h3, summary { break-after: avoid; }

@@ -113,6 +113,8 @@ def test_small_organs_are_enlarged_and_large_ones_are_not(tmp_path: Path) -> Non
     path = _write(tmp_path, (200, 200), truth=small, facts=facts)
     assert is_cropped(read_overlay(path))
     assert 'viewBox="0 0 40 40"' in _draw(path)
+    small[small == 0] = UNKNOWN_LABEL
+    assert is_cropped(read_overlay(_write(tmp_path, (200, 200), truth=small)))
     path = _write(tmp_path, (200, 200), truth=large, facts=facts)
     assert not is_cropped(read_overlay(path))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_unseen_rows_meet_unseen_rows(tmp_path: Path) -> None:
     overall, _ = paired_tests(read_comparison(folder), "fedavg")
     assert [t.row for t in overall] == ["ms_net", "ms_net (site unseen)"]
     assert [t.num_cases for t in overall] == [26, 10]
+
+
+def test_seen_and_unseen_are_compared_only_with_training_alone(tmp_path: Path) -> None:
+    plan = folders.Plan(overlays=False, num_rounds=4)
+    folder = folders.write_comparison(tmp_path / "c", ("separate",), (0,), plan=plan)
+    index = json.loads((folder / "compare.json").read_text())
+    run = {"strategy": "fedavg", "seed": 0, "held_out": "a", "folder": "runs/x"}
+    folders.write_run(folder / "runs/x", folders.Plan(overlays=False, num_rounds=4))
+    (folder / "compare.json").write_text(json.dumps({"runs": [*index["runs"], run]}))
+    comparison = read_comparison(folder)
+    assert paired_tests(comparison, "fedavg") == ((), ())
+    (test,), _ = paired_tests(comparison, "separate")
+    assert (test.row, test.num_cases) == ("fedavg (site unseen)", 10)
 
 
 def test_a_single_run_has_no_reference(tmp_path: Path) -> None:
