@@ -88,6 +88,7 @@ dd { margin: 0; }
   dl { grid-template-columns: 1fr; gap: .1rem; }
   dd { margin-bottom: .6rem; }
 }
+@page { margin: 12mm; }
 @media print {
   html { font-size: 10pt; }
   td.word { min-width: 0; }
@@ -96,8 +97,9 @@ dd { margin: 0; }
   h2, h3, summary { break-after: avoid; }
   figure, tr, .pictures { break-inside: avoid; }
   .scroll { overflow: visible; }
-  table { font-size: 8.5pt; }
-  th, td { padding: .2rem .4rem; }
+  table { font-size: 7.5pt; min-width: 0; }
+  th, td { padding: .15rem .3rem; }
+  small { white-space: normal; }
   thead th, .key, .overlay { print-color-adjust: exact; }
   .plots { grid-template-columns: 1fr 1fr; }
   .pictures { max-width: 15cm; }

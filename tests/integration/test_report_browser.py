@@ -241,6 +241,16 @@ def test_a_comparison_opens_without_errors_or_requests(
         assert word in page["results"]
 
 
+def test_it_fits_on_paper(browser: Browser, comparison: Path) -> None:
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.open(comparison, width=700)  # A4 between margins of 12 mm
+    wide = "[...document.querySelectorAll('table')].map(e => e.offsetWidth)"
+    assert max(browser.evaluate(wide)) <= 700
+    shown = "[...document.querySelectorAll('.overlay')].map(e => e.clientHeight)"
+    assert min(browser.evaluate(shown)) > 60, "folded galleries open on paper"
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_text_has_contrast(browser: Browser, comparison: Path) -> None:
     browser.open(comparison, width=1280)
     assert browser.evaluate(CONTRAST) == []
