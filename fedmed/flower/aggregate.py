@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedmed.errors import ConfigError, SiteError
 from fedmed.message import SiteId, State
+
+logging.getLogger("flwr").setLevel(logging.WARNING)
 
 NOT_AGGREGATORS = {
     "FedProx": "its proximal term belongs to the sites: use `strategy: fedprox`",
@@ -104,12 +107,7 @@ def aggregate_with_flower(
             for site_id in sorted(train_round.replies)
         ]
         arrays, _ = strategy.aggregate_train(number, replies)
-    except (
-        AggregationError,
-        InconsistentMessageReplies,
-        KeyError,
-        ValueError,
-    ) as error:
+    except (AggregationError, InconsistentMessageReplies, ArithmeticError) as error:
         raise SiteError(f"flwr:{strategy_name} refuses round {number}") from error
     if arrays is None:
         raise SiteError(f"flwr:{strategy_name} gave no model in round {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
@@ -20,10 +21,20 @@ from fedmed.errors import FedMedError
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 5.0
+GRACE_S = 3.0
 """How long processes may take to end before they are killed."""
 
 MARK = "FEDMED_PROCESS_GROUP"
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this new process should we be killed; runs inside it."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ProcessGroup:
@@ -60,6 +71,7 @@ class ProcessGroup:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 -- one C call, no locks
             )
         self._children.append(child)
         return child

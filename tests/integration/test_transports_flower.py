@@ -3,7 +3,12 @@
 import contextlib
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from fedmed.errors import PolicyError
+from fedmed.errors import FedMedError, PolicyError
 from fedmed.flower.processes import MARK
 from fedmed.message import State
 from fedmed.transports import flower
@@ -24,6 +29,7 @@ pytestmark = pytest.mark.timeout(180)
 
 SITES: tuple[str, ...] = toy.sites(2)
 DRIVER = "toy_federation:drive"
+MANY = 40_000_000
 FACTORY = "toy_federation:open_host"
 
 
@@ -40,17 +46,21 @@ def reference(rounds: int) -> State:
         return result
 
 
-def assert_nothing_left() -> None:
+def marked() -> list[psutil.Process]:
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if MARK in process.environ():
                 left.append(process)
-    assert left == []
+    return left
+
+
+def assert_nothing_left() -> None:
+    assert marked() == []
 
 
 def test_simulation_equals_in_process(tmp_path: Path) -> None:
-    spec = prepare(tmp_path, rounds=3, misbehave={"site1": "foreign"})
+    spec = prepare(tmp_path, rounds=3, echo_bytes=MANY, misbehave={"site1": "foreign"})
     flower.run_simulation(tmp_path, spec, SITES, driver=DRIVER, num_workers=2)
     assert_nothing_left()
     result = torch.load(tmp_path / "result.pt", weights_only=True)
@@ -64,7 +74,7 @@ def test_simulation_equals_in_process(tmp_path: Path) -> None:
 
 
 def test_deployment_equals_in_process(tmp_path: Path) -> None:
-    spec = prepare(tmp_path, rounds=2)
+    spec = prepare(tmp_path, rounds=2, echo_bytes=MANY)
     flower.run_deployment(tmp_path, spec, SITES, driver=DRIVER)
     assert_nothing_left()
     result = torch.load(tmp_path / "result.pt", weights_only=True)
@@ -77,3 +87,57 @@ def test_error_of_the_server_half_comes_back(tmp_path: Path) -> None:
         flower.run_simulation(tmp_path, spec, SITES, driver=DRIVER, num_workers=1)
     assert caught.value.hint == "write another plan"
     assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_dead_client_costs_its_site_the_exchange(tmp_path: Path) -> None:
+    """Flower reports no death of a client app; its site answers the next message."""
+    lethal = {"site1": "exit"}
+    spec = prepare(tmp_path, rounds=0, misbehave=lethal, timeout_s=25.0, go_on=True)
+    flower.run_deployment(tmp_path, spec, SITES, driver=DRIVER)
+    assert json.loads((tmp_path / "reasons.json").read_text()) == {
+        "site0": ["ok", ""],
+        "site1": ["timeout", "no answer in time"],
+    }
+    assert_nothing_left()
+
+
+def test_dead_actor_breaks_the_simulation_loudly(tmp_path: Path) -> None:
+    """Flower's pool keeps dead actors, and innocent sites would fail for ever."""
+    spec = prepare(tmp_path, rounds=0, misbehave={"site1": "exit"}, go_on=True)
+    with pytest.raises(FedMedError, match="its pool cannot replace it") as caught:
+        flower.run_simulation(tmp_path, spec, SITES, driver=DRIVER, num_workers=2)
+    assert "--resume" in caught.value.hint
+    assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_launcher_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    spec = prepare(tmp_path, rounds=100)
+    script = (
+        "import sys; from pathlib import Path; from fedmed.transports import flower\n"
+        "from fedmed.transports.transport import HostSpec\n"
+        f"spec = HostSpec({FACTORY!r}, {dict(spec.options)!r})\n"
+        f"flower.run_deployment(Path({str(tmp_path)!r}), spec, {SITES!r},"
+        f" driver={DRIVER!r})\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    wait_for(lambda: "Started task" in log_of(tmp_path, "superlink"), within_s=60)
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) != 0
+    wait_for(lambda: not marked(), within_s=30)
+
+
+def log_of(folder: Path, name: str) -> str:
+    file = folder / "flower-logs" / f"{name}.log"
+    return file.read_text() if file.exists() else ""
+
+
+def wait_for(claim: Callable[[], bool], *, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not claim() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert claim()

@@ -36,6 +36,8 @@ class ToyHost:
             self.momentum = torch.tensor(json.loads(self.file.read_text()))
 
     def handle(self, message: Message) -> Message:
+        if message.kind == "echo":
+            return message
         misbehave(message.header.get("misbehave", {}).get(self.site_id, ""))
         weights = message.tensors["weights"]
         noise = torch.randn(40, 30, generator=torch_rng(7, self.site_id))
@@ -128,15 +130,31 @@ def drive(transport: Transport, folder: Path) -> None:
         raise PolicyError("the plan says so", hint="write another plan")
     result = run_rounds(transport, site_ids, rounds=plan["rounds"])
     torch.save(result, folder / "result.pt")
+    if plan.get("echo_bytes"):
+        content = torch.arange(plan["echo_bytes"] // 8)
+        echo = Message("echo", {}, {"content": content})
+        start = time.monotonic()
+        replies = transport.exchange(dict.fromkeys(site_ids, echo), timeout_s=120.0)
+        (folder / "echo_s.txt").write_text(f"{time.monotonic() - start:.2f}")
+        for reply in replies.values():
+            assert torch.equal(expect_reply(reply).tensors["content"], content)
     reasons = {}
     if plan.get("misbehave"):
         header = {"round": 9, "misbehave": plan["misbehave"]}
         ask = Message("train", header, {"weights": torch.ones(40, 30)})
-        answers = transport.exchange(dict.fromkeys(site_ids, ask), timeout_s=60.0)
+        timeout_s = plan.get("timeout_s", 60.0)
+        answers = transport.exchange(dict.fromkeys(site_ids, ask), timeout_s=timeout_s)
         reasons = {
             site: [answer.reason, answer.detail]
             if isinstance(answer, SiteFailure)
             else ["ok", ""]
             for site, answer in answers.items()
         }
+    if plan.get("go_on"):
+        ask = Message("echo", {}, {})
+        start = time.monotonic()
+        answers = transport.exchange(dict.fromkeys(site_ids, ask), timeout_s=120.0)
+        (folder / "go_on.txt").write_text(f"{time.monotonic() - start:.1f} {answers}")
+        for answer in answers.values():
+            expect_reply(answer)
     (folder / "reasons.json").write_text(json.dumps(reasons))
