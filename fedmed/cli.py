@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import click
 import typer
 
 from fedmed import __version__
-from fedmed.errors import FedMedError, UsageError
+from fedmed.errors import FedMedError, StorageError, UsageError
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="fedmed",
@@ -19,9 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # or --help imports rich, at twice the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-sites_app = typer.Typer(help="List data sets, or check one before a study.")
+sites_app = typer.Typer(
+    help="List data sets, or check one before a study.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(sites_app, name="sites")
 
 QUIET_ENVIRONMENT = {
@@ -32,6 +43,9 @@ QUIET_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """No telemetry, no update check, nothing beyond this machine."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line for programs.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
@@ -45,20 +59,63 @@ def main() -> None:
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        app()
-    except FedMedError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.echo("\nfedmed: stopped; go on with --resume", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
-    except MemoryError:
-        typer.echo("fedmed: not enough memory", err=True)
-        sys.exit(1)
+        code = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        sys.exit(UsageError.exit_code)
+    except click.ClickException as error:
+        _fail(_usage_error(error))
+    except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+    except Exception as error:
+        _fail(error if isinstance(error, FedMedError) else _unforeseen(error))
+    if code == INTERRUPTED:
+        typer.echo("\nfedmed: stopped", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: FedMedError) -> None:
+def _usage_error(error: click.ClickException) -> UsageError:
+    """Put what is wrong on the command line into our words."""
+    told = error.format_message().removesuffix(".")
+    told = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", told)  # typer and click ask both
+    context = getattr(error, "ctx", None)
+    command = "fedmed" if context is None else context.command_path
+    return UsageError(told[:1].lower() + told[1:], hint=f"See {command} --help.")
+
+
+def _unforeseen(error: Exception) -> FedMedError:
+    """Describe an error that nobody wrote for people.
+
+    Its own text stays out: it may name a patient's file.
+    """
+    logger.info("unforeseen", exc_info=error)
+    if isinstance(error, MemoryError):
+        return FedMedError(
+            "not enough memory",
+            hint="Lower train.batch_size, the network's size or preprocess.size.",
+        )
+    if isinstance(error, OSError):
+        name = Path(str(error.filename or "a file")).name
+        told = error.strerror or type(error).__name__
+        return StorageError(f"{name}: {told}")
+    return FedMedError(
+        f"this should not happen: {type(error).__name__} {_place(error)}",
+        hint="Please report it with what `fedmed --verbose ...` prints.",
+    )
+
+
+def _place(error: Exception) -> str:
+    """Name the innermost line of ours that an exception passed through."""
+    place, trace = "outside fedmed", error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] in {"fedmed", "sites", "strategies"}:
+            place = f"in {module}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def _fail(error: FedMedError) -> NoReturn:
     if "--json" in sys.argv:
         record = {
             "error": type(error).__name__,
@@ -92,14 +149,17 @@ def options(
 ) -> None:
     """Multi-hospital imaging studies, federated exactly."""
     del version
-    import logging
-
-    level = logging.INFO if verbose else logging.ERROR
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if verbose:
+        form = "%(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=logging.INFO, format=form)
+        return
+    logging.basicConfig(level=logging.ERROR, format="fedmed: %(message)s")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of other packages, for their callers
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0917
     study: StudyFile,
     overrides: Overrides = None,
     transport: Annotated[
@@ -130,7 +190,7 @@ def run(
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0917
     study: StudyFile,
     overrides: Overrides = None,
     strategies: Annotated[
@@ -253,6 +313,3 @@ def sites_check(
     from fedmed.commands.sites import check_command
 
     check_command(name, root, tuple(option or ()), as_json=as_json)
-
-
-

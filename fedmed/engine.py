@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedmed import seeds
 from fedmed.checkpoint import Checkpoint, Checkpoints
-from fedmed.errors import FedMedError, QuorumError, ResumeError
+from fedmed.errors import QuorumError, ResumeError, SiteError
 from fedmed.gate import Expectation, screen
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.payload import Metrics, Payload, expect, from_message
@@ -34,13 +34,16 @@ from fedmed.transports.transport import Transport
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Who wants to see a run's progress."""
 
     def round_started(self, number: int) -> None:
         """A round begins."""
 
-    def exchanged(self, number: int, exchange: int, losses: Mapping[str, float]) -> None:
+    def exchanged(
+        self, number: int, exchange: int, losses: Mapping[str, float]
+    ) -> None:
         """An exchange of a round is over."""
 
     def round_finished(self, record: Mapping[str, Any]) -> None:
@@ -57,6 +60,7 @@ class RoundLog:
     refused: dict[SiteId, str] = field(default_factory=dict)
     failed: dict[SiteId, str] = field(default_factory=dict)
     exchanges: int = 0
+    is_hopeless: bool = False
 
     def count(self, sent: Mapping[SiteId, Message], came: Mapping[SiteId, Any]) -> None:
         """Add the bytes of one exchange."""
@@ -145,12 +149,10 @@ class Engine:
             except RoundFailedError as error:
                 logger.warning("round %d, attempt %d: %s", number, attempt + 1, error)
                 reason = str(error)
+                if log.is_hopeless:
+                    raise _below_quorum(number, reason) from None
         else:
-            raise QuorumError(
-                f"round {number}: {reason}",
-                hint="The last checkpoint is intact: mend the sites, then --resume; "
-                "or lower tolerance.quorum.",
-            )
+            raise _below_quorum(number, reason)
         after = replace(after, round=number)
         rows = self._end_round(after, number, attempt, log)
         record = self._record(number, attempt, log, rows)
@@ -172,8 +174,12 @@ class Engine:
             request = next(half)
             while True:
                 targets = tuple(s for s in request.site_ids if s in alive)
-                replies = self._exchange(request, targets, (number, attempt), server, log)
-                alive = tuple(s for s in alive if s not in {**log.refused, **log.failed})
+                replies = self._exchange(
+                    request, targets, (number, attempt), server, log
+                )
+                alive = tuple(
+                    s for s in alive if s not in {**log.refused, **log.failed}
+                )
                 self._require_quorum(alive, log)
                 request = half.send(replies)
         except StopIteration as end:
@@ -191,10 +197,9 @@ class Engine:
         needed = math.ceil(self.study.tolerance.quorum * len(self.members) - 1e-9)
         if len(alive) < max(1, needed):
             problems = {**log.failed, **log.refused}
-            told = "; ".join(f"{site}: {why}" for site, why in sorted(problems.items()))
             raise RoundFailedError(
                 f"{len(alive)} of {len(self.members)} sites are usable, the quorum is "
-                f"{needed} ({told})"
+                f"{needed} ({told(problems)})"
             )
 
     def _exchange(
@@ -211,6 +216,10 @@ class Engine:
         answers = self._deliver(sent)
         log.count(sent, answers)
         log.failed.update(failures(answers))
+        log.is_hopeless |= any(
+            isinstance(answer, SiteFailure) and answer.fatal
+            for answer in answers.values()
+        )
         messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
         accepted, refused = self._screen(messages, server)
         log.refused.update(refused)
@@ -354,8 +363,33 @@ def restored(server: Server, checkpoint: Checkpoint) -> Server:
 
 
 def raise_first(answers: Mapping[SiteId, Answer], doing: str) -> None:
-    """Raise if any site failed, naming all of them."""
+    """Raise if any site failed, naming all of them.
+
+    Raises:
+        SiteError: With every reason once, and the sites that gave it.
+    """
     problems = failures(answers)
     if problems:
-        told = "; ".join(f"{site}: {why}" for site, why in sorted(problems.items()))
-        raise FedMedError(f"{doing}: {told}")
+        raise SiteError(f"{doing}: {told(problems)}")
+
+
+def told(problems: Mapping[SiteId, str]) -> str:
+    """Put the problems of sites into one line, equal ones together.
+
+    Example:
+        >>> told({"b": "died: in step 3", "a": "died: in step 3", "c": "refused: NaN"})
+        'a, b: died: in step 3; c: refused: NaN'
+    """
+    by_reason: dict[str, list[SiteId]] = {}
+    for site, why in sorted(problems.items()):
+        plain = why.removeprefix("raised: ").removeprefix(f"site {site}: ")
+        by_reason.setdefault(plain, []).append(site)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+
+
+def _below_quorum(number: int, reason: str) -> QuorumError:
+    return QuorumError(
+        f"round {number}: {reason}",
+        hint="The last checkpoint is intact: mend the cause, then go on with --resume; "
+        "or lower tolerance.quorum.",
+    )

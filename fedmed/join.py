@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ def join(
         at_round: The server's last finished round; sites roll back to it.
 
     Raises:
-        FedMedError: If a site cannot take part; all of them are named.
+        SiteError: If a site cannot take part; all of them are named.
         DataError: If one image lies at two sites, or no site has training examples.
     """
     sent = {site: Message("join", {"round": at_round}) for site in site_ids}
@@ -111,6 +112,12 @@ def _refuse_duplicates(cards: Mapping[SiteId, Card]) -> None:
         )
 
 
+def _digest(fingerprints: Iterable[str]) -> str:
+    """One fingerprint for all of a site's images, in any order."""
+    text = "\n".join(sorted(fingerprints))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def _facts(card: Card) -> dict[str, Any]:
     counts = card.values.get("num_cases", {})
     return {
@@ -119,5 +126,5 @@ def _facts(card: Card) -> dict[str, Any]:
         "num_examples": card.num_examples,
         "card": card.values.get("card", {}),
         "quarantined": card.values.get("quarantined", {}),
-        "fingerprint": card.values.get("data_fingerprint", ""),
+        "fingerprint": _digest(card.values.get("fingerprints", ())),
     }

@@ -64,7 +64,9 @@ class TerminalProgress:
         """A round begins."""
         self._show(f"round {number} training")
 
-    def exchanged(self, number: int, exchange: int, losses: Mapping[str, float]) -> None:
+    def exchanged(
+        self, number: int, exchange: int, losses: Mapping[str, float]
+    ) -> None:
         """An exchange is over."""
         del number
         self._show(f"exchange {exchange} · {_losses(losses)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -13,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from fedmed import __version__
-from fedmed.checkpoint import Checkpoints
+from fedmed.checkpoint import Checkpoint, Checkpoints
 from fedmed.engine import Engine, Observer, restored
-from fedmed.errors import ConfigError, ResumeError
+from fedmed.errors import ConfigError, FedMedError, ResumeError
 from fedmed.join import Joined, join
 from fedmed.message import SiteId
 from fedmed.partition import StatePartition
@@ -30,7 +35,7 @@ from fedmed.storage import RunLock, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
 from fedmed.study import Study, study_from_dict
 from fedmed.summary import score_rows, summarise
-from fedmed.task import Task, build_model, build_optimizer
+from fedmed.task import Task, build_model, build_optimizer, resolve_device
 from fedmed.transports.transport import HostSpec, Transport
 
 logger = logging.getLogger(__name__)
@@ -59,7 +64,9 @@ class Silence:
     def round_started(self, number: int) -> None:
         """Show nothing."""
 
-    def exchanged(self, number: int, exchange: int, losses: Mapping[str, float]) -> None:
+    def exchanged(
+        self, number: int, exchange: int, losses: Mapping[str, float]
+    ) -> None:
         """Show nothing."""
 
     def round_finished(self, record: Mapping[str, Any]) -> None:
@@ -99,10 +106,11 @@ def run_study(
     """
     require_own_packages()
     load_strategy(study.strategy.name, study.strategy.options)
+    check_choices(study)
     folder = RunFolder(out)
-    _check_folder(folder, study, resume=resume)
     folder.create()
     with RunLock(folder.path):
+        _check_folder(folder, study, resume=resume)
         if study.transport.name in {"flower", "deployment"}:
             return _run_with_flower(study, folder)
         with make_transport(study) as transport:
@@ -207,10 +215,12 @@ def drive(
         should_stop: Asked between rounds.
     """
     site_ids = transport_sites(study)
-    checkpoint, _ = Checkpoints(folder.checkpoints).load_newest()
+    checkpoint = newest_checkpoint(folder)
     at_round = checkpoint.round if checkpoint else 0
     transport.open(host_spec(study, folder), site_ids)
     joined = join(transport, study, site_ids, at_round)
+    if at_round:
+        _refuse_changed_data(folder, joined)
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     server = strategy.initial(fresh_server(study, joined.task, strategy))
     best = None
@@ -236,9 +246,54 @@ def drive(
     return _finish(study, joined, folder, server)
 
 
+def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+    """Read the checkpoint to go on from, and say so if a newer one is damaged."""
+    checkpoint, damaged = Checkpoints(folder.checkpoints).load_newest()
+    if checkpoint is not None and damaged:
+        logger.error(
+            "the checkpoint of round %d is damaged; going on from round %d",
+            max(damaged),
+            checkpoint.round,
+        )
+    return checkpoint
+
+
+def check_choices(study: Study) -> None:
+    """Refuse at once what every site would refuse later.
+
+    Raises:
+        ConfigError: If a loss, a device, an augmentation or a preparation that the
+            study names does not exist, or a value is impossible.
+    """
+    from fedmed.imaging.preprocess import Preprocessing
+    from fedmed.losses.build import build_loss
+    from fedmed.training.augment import Augmentation
+
+    build_loss(study.train.loss, **study.train.loss_options)
+    _check_device(study)
+    given = study.preprocess.model_dump()
+    Preprocessing(**{key: v for key, v in given.items() if v is not None})
+    known = [field.name for field in dataclasses.fields(Augmentation)]
+    for name in study.train.augmentation:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            asked = f", did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key 'train.augmentation.{name}'{asked}")
+    Augmentation(**study.train.augmentation)
+
+
+def _check_device(study: Study) -> None:
+    try:
+        torch.device(resolve_device(study.train.device))
+    except RuntimeError:
+        raise ConfigError(
+            f"train.device must be cpu, cuda or auto (seen: {study.train.device!r})"
+        ) from None
+
+
 def fresh_server(study: Study, task: Task, strategy: Strategy) -> Server:
     """The server before round 1: initial weights, no memory."""
-    model = build_model(study, task, strategy)
+    model = _built(study, task, strategy)
     partition = StatePartition.of(model, strategy.keeps)
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     shared, _ = partition.split(state)
@@ -250,6 +305,19 @@ def fresh_server(study: Study, task: Task, strategy: Strategy) -> Server:
         optimizer=build_optimizer(study),
         clip_norm=study.train.clip_norm,
     )
+
+
+def _built(study: Study, task: Task, strategy: Strategy) -> nn.Module:
+    """Build the network; what its options make torch say becomes a `ConfigError`."""
+    try:
+        return build_model(study, task, strategy)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FedMedError):
+            raise
+        raise ConfigError(
+            f"network {study.model.name!r} cannot be built with the study's options: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def columns_of(task: Task) -> tuple[str, ...]:
@@ -307,8 +375,25 @@ def _check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
     changed = differences(before, study.to_dict())
     if changed:
         raise ResumeError(
-            f"{folder.path.name} holds a run of another study: " + "; ".join(changed[:5]),
+            f"{folder.path.name} holds a run of another study: "
+            + "; ".join(changed[:5]),
             hint="Resume with the same study file and overrides, or choose --out.",
+        )
+
+
+def _refuse_changed_data(folder: RunFolder, joined: Joined) -> None:
+    """A run must end on the data it began with."""
+    before = folder.read_lock().get("data", {})
+    changed = [
+        site
+        for site in sorted({*before, *joined.data})
+        if before.get(site, {}).get("fingerprint")
+        != joined.data.get(site, {}).get("fingerprint")
+    ]
+    if changed:
+        raise ResumeError(
+            f"the images of {', '.join(changed)} are not those that the run began with",
+            hint="Put the data back as they were, or start a new run with --out.",
         )
 
 

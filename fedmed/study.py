@@ -116,6 +116,12 @@ class ModelSection(OpenSection):
     patches_per_case: int = Field(1, ge=1)
     foreground_fraction: float = Field(0.0, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _patches_have_a_size(self) -> ModelSection:
+        if self.mode == "patch" and self.patch_size is None:
+            raise ValueError("mode: patch needs patch_size: [I, J, K] in voxels")
+        return self
+
 
 class OptimizerSection(Section):
     """See `fedmed.optimizer.OptimizerSpec`."""
@@ -362,7 +368,8 @@ def expand(path: str) -> Path:
     if "$" in expanded:
         name = expanded[expanded.index("$") :].strip("${}").split("}")[0].split("/")[0]
         raise ConfigError(
-            f"the path {path!r} names the environment variable {name}, which is not set",
+            f"the path {path!r} names the environment variable {name}, "
+            "which is not set",
             hint=f"export {name}=/folder/of/your/data",
         )
     return Path(expanded)

@@ -43,7 +43,7 @@ class SiteData:
     site_id: SiteId
     card: DatasetCard
     source: SourceSite
-    splits: Mapping[str, tuple[PreparedCase, ...]]
+    splits: Mapping[str, tuple[AnyCase, ...]]
     quarantined: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
@@ -148,9 +148,18 @@ def _split_arguments(study: Study, site_id: SiteId) -> dict[str, Any]:
     seed = study.seed if split.seed is None else split.seed
     arguments = {"fractions": fractions, "seed": seed, "site_id": site_id}
     if split.file and site_id not in split.held_out:
-        table = read_assignment(expand(split.file), site_id=site_id)
-        arguments["assignment"] = table
+        arguments["assignment"] = _read_table(split.file, site_id)
     return arguments
+
+
+def _read_table(file: str, site_id: SiteId) -> dict[str, str]:
+    path = expand(file)
+    try:
+        return read_assignment(path, site_id=site_id)
+    except OSError as error:
+        raise ConfigError(
+            f"split.file {path.name} cannot be read: {error.strerror}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class SliceView:
     they enter no loss and no metric.
     """
 
-    case: PreparedCase
+    case: AnyCase
     first_fraction: float
     last_fraction: float
 
@@ -191,16 +200,18 @@ class SliceView:
         return getattr(self.case, name)
 
     @property
-    def label_IJK(self) -> np.ndarray:
+    def label_IJK(self) -> np.ndarray | None:
         """Label on the network's grid."""
         return self._masked(self.case.label_IJK)
 
     @property
-    def label_native_IJK(self) -> np.ndarray:
+    def label_native_IJK(self) -> np.ndarray | None:
         """Label on the case's own grid."""
         return self._masked(self.case.label_native_IJK)
 
-    def _masked(self, label_IJK: np.ndarray) -> np.ndarray:
+    def _masked(self, label_IJK: np.ndarray | None) -> np.ndarray | None:
+        if label_IJK is None:
+            return None
         # Only labelled slices are divided, or a part could end up without any.
         known = np.flatnonzero((label_IJK != UNKNOWN_LABEL).any(axis=(0, 1)))
         first = math.floor(self.first_fraction * len(known) + 0.5)
@@ -209,6 +220,10 @@ class SliceView:
         mine = known[first:last]
         masked[:, :, mine] = label_IJK[:, :, mine]
         return masked
+
+
+AnyCase = PreparedCase | RowView | SliceView
+"""A prepared case, or a view of one that knows less or says it in other words."""
 
 
 def divided_by_slices(data: SiteData, study: Study) -> SiteData:
@@ -224,7 +239,7 @@ def divided_by_slices(data: SiteData, study: Study) -> SiteData:
         start = end
     splits = {
         name: tuple(
-            SliceView(case, first, last)  # type: ignore[misc]
+            SliceView(case, first, last)
             for case in data.splits["train"]
             if last > first
         )

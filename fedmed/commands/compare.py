@@ -57,8 +57,7 @@ def compare_command(
     for number, (leg, own) in enumerate(studies.items(), 1):
         if not _run_leg(folder / leg.folder, own, f"{number}/{len(legs)}", as_json):
             typer.echo(
-                "fedmed: stopped; the same command goes on from here "
-                f"(--out {folder})",
+                f"fedmed: stopped; the same command goes on from here (--out {folder})",
                 err=True,
             )
             sys.exit(130)
@@ -105,8 +104,7 @@ def _study_of(content: dict[str, Any], study: Study, leg: Leg) -> Study:
         split["held_out"] = [leg.held_out]
     changed["split"] = split
     own = study_from_dict(changed, where=f"the study for {leg.strategy}")
-    rest = {k: v for k, v in own.strategy.options.items()}
-    load_strategy(own.strategy.name, rest)
+    load_strategy(own.strategy.name, own.strategy.options)
     return own
 
 

@@ -68,9 +68,7 @@ def _packages() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    device = (
-        torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only"
-    )
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU only"
     return Finding("torch", True, f"{torch.__version__}, {device}")
 
 
@@ -105,7 +103,7 @@ def _disk() -> Finding:
 
 
 def _shared_memory() -> Finding:
-    path = Path("/dev/shm")  # noqa: S108
+    path = Path("/dev/shm")
     if not path.exists():
         return Finding("shared memory", True, "no /dev/shm on this system")
     free = shutil.disk_usage(path).free / 2**30

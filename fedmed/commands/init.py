@@ -81,6 +81,8 @@ def guess_layout(root: Path) -> str:
     if any(root.glob("dataset.json")) or any(root.glob("*/dataset.json")):
         return "nnunet"
     names = ("dataset_description.json", "participants.tsv")
-    if any(any(root.glob(f"{prefix}{name}")) for name in names for prefix in ("", "*/")):
+    if any(
+        any(root.glob(f"{prefix}{name}")) for name in names for prefix in ("", "*/")
+    ):
         return "bids"
     return "folder"

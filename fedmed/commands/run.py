@@ -103,10 +103,17 @@ def run_command(
         overrides = (*overrides, f"transport.name={transport}")
     study = load_study(study_file, overrides)
     folder = out or (newest_folder(study) if resume else default_folder(study))
-    result = execute(study, folder, resume=resume, quiet=as_json)
+    try:
+        result = execute(study, folder, resume=resume, quiet=as_json)
+    except KeyboardInterrupt:
+        told = f"stopped in the middle of a round; go on with --resume --out {folder}"
+        typer.echo(f"\nfedmed: {told}", err=True)
+        sys.exit(130)
     if not result.finished:
-        typer.echo(f"fedmed: stopped after a round; go on with --resume --out {folder}",
-                   err=True)
+        typer.echo(
+            f"fedmed: stopped after a round; go on with --resume --out {folder}",
+            err=True,
+        )
         sys.exit(130)
     page = None
     if report:
@@ -140,10 +147,24 @@ def _print_summary(result: RunResult, page: Path | None) -> None:
     from rich.table import Table
 
     summary = result.summary
+    if not summary["sites"]:
+        typer.echo(
+            "no site has a case left for validation or test, so nothing was measured; "
+            "give them more cases, or change the fractions in split"
+        )
+        typer.echo(f"run folder: {result.folder}")
+        return
     rows = {**summary["sites"], "overall": summary["overall"]}
     names = [
         name
-        for name in ("dice", "assd_mm", "hd95_mm", "accuracy", "balanced_accuracy", "auc")
+        for name in (
+            "dice",
+            "assd_mm",
+            "hd95_mm",
+            "accuracy",
+            "balanced_accuracy",
+            "auc",
+        )
         if name in summary["overall"]
     ]
     table = Table(title=f"{summary['strategy']}, {summary['split']} cases")
