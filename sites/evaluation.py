@@ -11,7 +11,6 @@ import numpy as np
 from torch import nn
 
 from fedmed.case import UNKNOWN_LABEL
-from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.imaging.preprocess import restore
 from fedmed.message import State
 from fedmed.metrics.case_scores import score_case
@@ -20,6 +19,7 @@ from fedmed.strategy import Private
 from fedmed.training.predict import predict_case
 from sites.calibration import calibrate, needs_calibration
 from sites.context import Workbench
+from sites.data import AnyCase
 
 Row = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def _mean_dice(rows: Iterable[Row]) -> float:
 
 
 def _score(
-    bench: Workbench, model: nn.Module, case: PreparedCase
+    bench: Workbench, model: nn.Module, case: AnyCase
 ) -> tuple[list[Row], dict[str, Any] | None]:
     section = bench.study.model
     probabilities = predict_case(
@@ -103,7 +103,7 @@ def _score(
         class_names=names,
         region_IJK=case.region_native_IJK,
     )
-    rows = [
+    rows: list[Row] = [
         {
             "case_id": case.case_id,
             "class": score.class_name,
@@ -126,7 +126,7 @@ def _score(
     return rows, {"case": case, "prediction": probabilities.argmax(axis=0)}
 
 
-def _classified(case: PreparedCase, probabilities: np.ndarray) -> Row:
+def _classified(case: Any, probabilities: np.ndarray) -> Row:
     flat = np.asarray(probabilities, dtype=np.float64).ravel()
     score = flat[1] if flat.size == 2 else flat.max()
     return {
@@ -180,6 +180,7 @@ def _write_overlay(
         "rank": rank,
         "slice": index,
         "spacing_mm": [float(v) for v in case.spacing_mm],
+        "spacing_known": bool(case.spacing_known),
         "case_id": case.case_id,
     }
     np.savez_compressed(
