@@ -11,7 +11,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
 
 from fedmed.message import SiteId, State
 from fedmed.optimizer import OptimizerSpec, clip, descend
@@ -212,6 +220,7 @@ class Outcome:
     private: Private | None = None
 
 
+@runtime_checkable
 class SiteContext(Protocol):
     """A hospital as an `at_site` method sees it: batches and tensors, no network."""
 

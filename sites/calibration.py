@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.partition import Entry
 from fedmed.strategy import Private
 from fedmed.training.examples import cut_patch, patch_corner, read_slices
 from fedmed.training.trainer import DTYPES
 from sites.context import Workbench
+from sites.data import AnyCase
 
 
 def needs_calibration(bench: Workbench, private: Private) -> bool:
@@ -46,7 +47,8 @@ def calibrate(bench: Workbench, model: nn.Module) -> None:
         Li et al., Revisiting Batch Normalization For Practical Domain Adaptation,
         2016, arXiv:1603.04779.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    layers = [m for m in model.modules() if isinstance(m, batch_norm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
@@ -70,7 +72,7 @@ def unlabelled_batches(bench: Workbench) -> Iterator[torch.Tensor]:
 
 
 def _images(
-    bench: Workbench, case: PreparedCase
+    bench: Workbench, case: AnyCase
 ) -> Iterator[Callable[[], torch.Tensor]]:
     section = bench.study.model
     if section.mode == "slice":
@@ -82,15 +84,15 @@ def _images(
         yield functools.partial(_row, case)
 
 
-def _slice(case: PreparedCase, k: int, num_slices: int) -> torch.Tensor:
+def _slice(case: AnyCase, k: int, num_slices: int) -> torch.Tensor:
     return torch.from_numpy(read_slices(case.image_CIJK, k, num_slices=num_slices))
 
 
-def _middle(case: PreparedCase, size: tuple[int, int, int]) -> torch.Tensor:
+def _middle(case: AnyCase, size: tuple[int, int, int]) -> torch.Tensor:
     shape = case.image_CIJK.shape[1:]
     corner = patch_corner([n // 2 for n in shape], size, shape)
     return torch.from_numpy(cut_patch(case.image_CIJK, corner, size, label=False))
 
 
-def _row(case: PreparedCase) -> torch.Tensor:
+def _row(case: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(case.features_F, dtype=np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ DTYPES = {
 }
 
 
+@runtime_checkable
 class TrainingBatch(Protocol):
     """What a trainer needs of a batch: images (B, C, ...) and labels (B, ...)."""
 
