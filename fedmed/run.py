@@ -31,7 +31,7 @@ from fedmed.runfolder import (
     SEGMENTATION_COLUMNS,
     RunFolder,
 )
-from fedmed.storage import RunLock, write_state
+from fedmed.storage import RunLock, remove_leftovers, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
 from fedmed.study import Study, study_from_dict
 from fedmed.summary import score_rows, summarise
@@ -111,6 +111,7 @@ def run_study(
     folder.create()
     with RunLock(folder.path):
         _check_folder(folder, study, resume=resume)
+        remove_leftovers(folder.path)
         if study.transport.name in {"flower", "deployment"}:
             return _run_with_flower(study, folder)
         with make_transport(study) as transport:

@@ -211,6 +211,15 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def hashes_of_all(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in {"run.pid", "run.lock"}
+    }
+
+
 def serve() -> None:
     """Import everything once, then start commands in forks on request."""
     for name in ("fedmed.commands.run", "sites.host", "torch._dynamo"):
