@@ -89,9 +89,9 @@ difference
 is more than chance.{% endif %}</p>
 {% if distances %}
 {{ grid(distances) }}
-<p class="note">Smaller is better. A missed organ has no surface, so it does not enter
-the
-distances: read them together with the number missed, which counts all seeds.</p>
+<p class="note">Smaller is better. A missed organ and a false alarm count with the
+diagonal of the image as their distance, so neither can improve a mean; the numbers
+missed count all seeds.</p>
 {% endif %}
 {% if classes %}{{ grid(classes) }}{% endif %}
 {% else %}
@@ -236,11 +236,11 @@ together.</dd>
 <dt>HD95</dt><dd>95 % of the surface points are nearer than this to the other surface,
 in mm.</dd>
 <dt>Missed organ</dt><dd>The truth shows it, the prediction shows nothing of it. Dice is
-0;
-there is no distance.</dd>
+0,
+the distance is the diagonal of the image.</dd>
 <dt>False alarm</dt><dd>The prediction shows an organ that the truth does not. Dice is
-0;
-there is no distance.</dd>
+0,
+the distance is the diagonal of the image.</dd>
 <dt>Empty in both</dt><dd>Neither shows the organ. There is nothing to score, and the
 case does
 not count for this organ.</dd>
