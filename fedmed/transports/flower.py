@@ -21,6 +21,7 @@ from pathlib import Path
 
 import fedmed.errors
 from fedmed.errors import FedMedError
+from fedmed.flower.credentials import Credentials, make_credentials
 from fedmed.flower.processes import (
     ProcessGroup,
     free_port,
@@ -79,7 +80,7 @@ default = "fedmed"
 
 [superlink.fedmed]
 address = "127.0.0.1:{port}"
-insecure = true
+{security}
 """
 
 
@@ -90,6 +91,7 @@ class Workplace:
     home: Path
     port: int
     group: ProcessGroup
+    credentials: Credentials | None = None
 
     @property
     def hosts(self) -> Path:
@@ -146,23 +148,27 @@ def run_deployment(
     site_ids: tuple[SiteId, ...],
     *,
     driver: str = DRIVE_STUDY,
+    tls: bool = False,
 ) -> None:
     """Run a study as a deployment whose institutions all are this machine.
 
     One SuperLink and one SuperNode per site, each with its own processes, as between
-    institutions, but without encryption: nothing leaves the loopback interface.
+    institutions. Nothing leaves the loopback interface.
 
     Args:
         folder: The run folder.
         spec: How to open a host.
         site_ids: The sites.
         driver: As in `run_simulation`.
+        tls: Encrypt, and let in only nodes whose keys were registered, with
+            credentials that live as long as the run.
 
     Raises:
         FedMedError: If Flower cannot be started, or what the driver raised.
     """
-    with workplace(folder, spec, site_ids) as place:
-        start_superlink(place)
+    with workplace(folder, spec, site_ids, tls=tls) as place:
+        start_superlink(place, *(["--enable-supernode-auth"] if tls else []))
+        register_nodes(place)
         for site_id in sorted(site_ids):
             start_supernode(place, site_id)
         submit(place, folder, driver=driver, federation={})
@@ -171,7 +177,7 @@ def run_deployment(
 
 @contextlib.contextmanager
 def workplace(
-    folder: Path, spec: HostSpec, site_ids: tuple[SiteId, ...]
+    folder: Path, spec: HostSpec, site_ids: tuple[SiteId, ...], *, tls: bool = False
 ) -> Iterator[Workplace]:
     """Prepare a temporary Flower home; end its processes and remove it afterwards."""
     home = Path(tempfile.mkdtemp(prefix="fedmed-flower-"))
@@ -185,7 +191,8 @@ def workplace(
     try:
         environment = {**QUIET, **threads, "FLWR_HOME": str(home)}
         with process_group(environment, logs) as group:
-            place = Workplace(home, free_port(), group)
+            credentials = make_credentials(home / "keys", site_ids) if tls else None
+            place = Workplace(home, free_port(), group, credentials)
             write_workplace(place, spec, site_ids)
             yield place
     finally:
@@ -202,7 +209,13 @@ def write_workplace(
     (package / "__init__.py").write_text("")
     (package / "client_app.py").write_text(CLIENT_APP)
     (package / "server_app.py").write_text(SERVER_APP)
-    (place.home / "config.toml").write_text(FLOWER_CONFIG.format(port=place.port))
+    security = "insecure = true"
+    if place.credentials is not None:
+        authority = json.dumps(str(place.credentials.authority))
+        security = f"insecure = false\nroot-certificates = {authority}"
+    (place.home / "config.toml").write_text(
+        FLOWER_CONFIG.format(port=place.port, security=security)
+    )
     hosts = {
         "factory": spec.factory,
         "options": dict(spec.options),
@@ -215,16 +228,45 @@ def write_workplace(
 
 def start_superlink(place: Workplace, *options: str) -> None:
     """Start a SuperLink that only this machine reaches, and wait until it listens."""
-    command = ["flower-superlink", "--insecure", "--host", "127.0.0.1"]
+    command = ["flower-superlink", "--host", "127.0.0.1"]
+    if (own := place.credentials) is None:
+        command += ["--insecure"]
+    else:
+        command += ["--ssl-ca-certfile", str(own.authority)]
+        command += ["--ssl-certfile", str(own.certificate)]
+        command += ["--ssl-keyfile", str(own.key)]
     command += ["--port", str(place.port), "--disable-runtime-dependency-installation"]
     superlink = place.group.start("superlink", [*script(command), *options])
     wait_until_listening(place.port, superlink, timeout_s=START_S)
 
 
+def register_nodes(place: Workplace) -> None:
+    """Tell the SuperLink the public keys of the sites that may join.
+
+    Raises:
+        FedMedError: If it does not take one.
+    """
+    if place.credentials is None:
+        return
+    for site_id, key in sorted(place.credentials.node_keys.items()):
+        public = str(key.with_suffix(".pub"))
+        command = script(["flwr", "supernode", "register", public, "fedmed"])
+        if place.group.start("register", command).wait(START_S) != 0:
+            raise FedMedError(
+                f"the SuperLink does not take the key of site {site_id}",
+                hint=f"its logs lie in the folder {LOGS} of the run folder",
+            )
+
+
 def start_supernode(place: Workplace, site_id: SiteId) -> None:
     """Start the SuperNode of one site."""
-    command = ["flower-supernode", "--insecure", "--superlink"]
-    command += [f"127.0.0.1:{place.port}", "--host", "127.0.0.1"]
+    command = ["flower-supernode", "--superlink", f"127.0.0.1:{place.port}"]
+    if (own := place.credentials) is None:
+        command += ["--insecure"]
+    else:
+        command += ["--root-certificates", str(own.authority)]
+        command += ["--auth-supernode-private-key", str(own.node_keys[site_id])]
+    command += ["--host", "127.0.0.1"]
     command += ["--port", str(free_port()), "--node-config"]
     command += [toml_pairs({"site": site_id, "hosts": str(place.hosts)})]
     place.group.start(f"supernode-{site_id.replace('/', '-')}", script(command))

@@ -73,9 +73,10 @@ def test_simulation_equals_in_process(tmp_path: Path) -> None:
     assert "DOE_JANE" not in logs
 
 
-def test_deployment_equals_in_process(tmp_path: Path) -> None:
-    spec = prepare(tmp_path, rounds=2, echo_bytes=MANY)
-    flower.run_deployment(tmp_path, spec, SITES, driver=DRIVER)
+@pytest.mark.parametrize("tls", [False, True])
+def test_deployment_equals_in_process(tmp_path: Path, tls: bool) -> None:
+    spec = prepare(tmp_path, rounds=2, echo_bytes=0 if tls else MANY)
+    flower.run_deployment(tmp_path, spec, SITES, driver=DRIVER, tls=tls)
     assert_nothing_left()
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     toy.assert_bitwise_equal(result, reference(2))
