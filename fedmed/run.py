@@ -266,14 +266,13 @@ def check_choices(study: Study) -> None:
         ConfigError: If a loss, a device, an augmentation or a preparation that the
             study names does not exist, or a value is impossible.
     """
-    from fedmed.imaging.preprocess import Preprocessing
     from fedmed.losses.build import build_loss
     from fedmed.training.augment import Augmentation
 
     build_loss(study.train.loss, **study.train.loss_options)
     _check_device(study)
-    given = study.preprocess.model_dump()
-    Preprocessing(**{key: v for key, v in given.items() if v is not None})
+    # The server half of a strategy reaches this function and may never open a scan.
+    importlib.import_module("sites.data").preprocessing_of(study)
     known = [field.name for field in dataclasses.fields(Augmentation)]
     for name in study.train.augmentation:
         if name not in known:

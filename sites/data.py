@@ -98,7 +98,7 @@ def prepare_site(
     """Prepare and split the cases of an opened site."""
     prepared = prepare_cases(
         source.cases,
-        Preprocessing(**_preprocessing(study)),
+        preprocessing_of(study),
         PreparedCache(cache / "prepared"),
         budget=study.tolerance.quarantine_budget,
         problems=source.problems,
@@ -121,9 +121,14 @@ def prepare_site(
     )
 
 
-def _preprocessing(study: Study) -> dict[str, Any]:
+def preprocessing_of(study: Study) -> Preprocessing:
+    """Read how the study prepares cases.
+
+    Raises:
+        ConfigError: If a value is impossible.
+    """
     given = study.preprocess.model_dump()
-    return {key: value for key, value in given.items() if value is not None}
+    return Preprocessing(**{key: v for key, v in given.items() if v is not None})
 
 
 def _require_cases(

@@ -115,10 +115,11 @@ def _write_index(folder: Path, study: Study, legs: tuple[Leg, ...]) -> None:
         raise UsageError(
             f"{folder} holds a single run", hint="Choose another folder with --out."
         )
-    content = {"study": study.name, "runs": [asdict(leg) for leg in legs]}
+    runs = [asdict(leg) for leg in legs]
     if index.exists():
         known = json.loads(index.read_text())["runs"]
-        content["runs"] += [run for run in known if run not in content["runs"]]
+        runs += [run for run in known if run not in runs]
+    content = {"study": study.name, "runs": runs}
     write_atomic(index, json.dumps(content, indent=1).encode())
 
 
