@@ -37,7 +37,7 @@ def deliver(
     return [reply]
 
 
-class Post(Grid):
+class Post(Grid):  # type: ignore[misc]  # flwr is untyped here
     """Carries messages to nodes that answer at once, unless `spoil` meddles."""
 
     def __init__(self) -> None:
