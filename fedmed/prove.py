@@ -18,7 +18,7 @@ import torch
 
 from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
-from fedmed.resolve import load_strategy
+from fedmed.resolve import load_strategy, strategy_class
 from fedmed.run import cache_folder, run_study, transport_sites
 from fedmed.runfolder import RunFolder
 from fedmed.storage import read_state
@@ -100,9 +100,7 @@ def prove(name: str, *, steps: int = 5, overrides: Sequence[str] = ()) -> Proof:
 
 def _exact_strategy(study: Study) -> Strategy:
     section = study.strategy
-    plain = {k: v for k, v in section.options.items() if k != "sync"}
-    strategy = load_strategy(section.name, plain)
-    if not strategy.exact:
+    if not strategy_class(section.name).exact:
         raise ConfigError(
             f"strategy {section.name!r} does not claim to equal a pooled method",
             hint="`fedmed strategies` lists those that do.",
