@@ -44,6 +44,8 @@ QUIET_ENVIRONMENT = {
 }
 """No telemetry, no update check, nothing beyond this machine."""
 
+OUR_PACKAGES = frozenset({"fedmed", "sites", "strategies"})
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -109,7 +111,7 @@ def _place(error: Exception) -> str:
     place, trace = "outside fedmed", error.__traceback__
     while trace is not None:
         module = str(trace.tb_frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] in {"fedmed", "sites", "strategies"}:
+        if module.partition(".")[0] in OUR_PACKAGES:
             place = f"in {module}, line {trace.tb_lineno}"
         trace = trace.tb_next
     return place
@@ -129,6 +131,11 @@ def _fail(error: FedMedError) -> NoReturn:
         if error.hint:
             typer.echo(f"  {error.hint}", err=True)
     sys.exit(error.exit_code)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Other packages' words were not written for people, and may name a patient."""
+    return record.name.partition(".")[0] in OUR_PACKAGES
 
 
 def _version(value: bool) -> None:
@@ -154,6 +161,8 @@ def options(
         logging.basicConfig(level=logging.INFO, format=form)
         return
     logging.basicConfig(level=logging.ERROR, format="fedmed: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_ours)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of other packages, for their callers
 

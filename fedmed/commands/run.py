@@ -72,9 +72,15 @@ def execute(study: Study, out: Path, *, resume: bool, quiet: bool) -> RunResult:
     """Run a study with progress on the terminal."""
     with listening() as should_stop:
         if quiet:
-            return run_study(
-                study, out, resume=resume, observer=Silence(), should_stop=should_stop
-            )
+            # Ray prints to standard output when a worker dies; a program reads there.
+            with contextlib.redirect_stdout(sys.stderr):
+                return run_study(
+                    study,
+                    out,
+                    resume=resume,
+                    observer=Silence(),
+                    should_stop=should_stop,
+                )
         first = _rounds_done(out) if resume else 0
         title = f"{study.name} {study.strategy.name}"
         with TerminalProgress(title, study.rounds, first) as progress:

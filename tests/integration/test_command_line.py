@@ -1,0 +1,308 @@
+"""Every command as a user types it, on small data of every layout."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+line = importlib.import_module("command_line")
+
+pytestmark = pytest.mark.timeout(180)
+
+HELP_S = 0.25
+IMPORT_S = 0.15
+REPETITIONS = 7
+
+COMMANDS = [
+    (), ("run",), ("compare",), ("report",), ("strategies",), ("prove",), ("init",),
+    ("doctor",), ("sites",), ("sites", "list"), ("sites", "check"),
+]  # fmt: skip
+
+
+def least_seconds(*programs):
+    """Shortest time of each program, tried in turns so that noise meets all."""
+    least = dict.fromkeys(programs, float("inf"))
+    for _ in range(REPETITIONS):
+        for program in programs:
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", program],
+                env=line.environment(),
+                capture_output=True,
+                check=True,
+            )
+            least[program] = min(least[program], time.perf_counter() - start)
+    return [least[program] for program in programs]
+
+
+def test_help_and_import_are_quick():
+    """Beyond what Python itself takes, and more on a machine that is slow now."""
+    show_help = "import sys; sys.argv = ['fedmed', '--help']; " + line.COMMAND
+    nothing, with_help, imported = least_seconds("pass", show_help, "import fedmed")
+    slow = max(1.0, nothing / 0.03)
+    assert with_help - nothing <= HELP_S * slow
+    assert imported - nothing <= IMPORT_S * slow
+
+
+def test_help_imports_nothing_heavy():
+    """Holds on any machine, however slow it is at the moment."""
+    program = (
+        "import sys; sys.argv = ['fedmed', '--help']\n"
+        "from fedmed.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'ray', 'flwr', 'sklearn', 'matplotlib',"
+        " 'nibabel', 'monai', 'pydantic', 'yaml', 'rich'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=line.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"
+    assert "compare" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help(fedmed, command):
+    for option in ("--help", "-h"):
+        ended = fedmed(*command, option)
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out.startswith("Usage: ")
+        assert all(len(each) <= 100 for each in ended.out.splitlines())
+
+
+def test_version(fedmed):
+    ended = fedmed("--version")
+    assert ended.code == 0
+    assert ended.out.split()[0] == "fedmed"
+
+
+def test_nothing_at_all_shows_the_help(fedmed):
+    ended = fedmed()
+    assert ended.code == 2
+    assert ended.out.startswith("Usage: ")
+
+
+def test_strategies(fedmed):
+    record = fedmed("strategies", "--json").record
+    names = [each["name"] for each in record["strategies"]]
+    assert {"fedavg", "fedbn", "fedprox", "joint", "separate"} <= set(names)
+    for each in record["strategies"]:
+        assert each["paper"]
+        assert each["sync"]
+        told = fedmed("strategies", each["name"])
+        assert told.code == 0
+        assert each["paper"] in told.out
+    shown = fedmed("strategies")
+    assert shown.code == 0
+    assert all(name in shown.out for name in names)
+
+
+def test_sites(fedmed):
+    record = fedmed("sites", "list", "--json").record
+    assert {"phantom", "folder", "bids", "nnunet"} <= set(record["datasets"])
+    assert "phantom" in fedmed("sites", "list").out
+
+
+def test_doctor(fedmed, work):
+    ended = fedmed("doctor", "--json")
+    findings = {each["name"]: each for each in ended.record["findings"]}
+    assert ended.code == (0 if all(f["ok"] for f in findings.values()) else 7)
+    assert findings["torch"]["ok"]
+    wrong = fedmed("doctor", FEDMED_DATA=str(work / "nowhere"))
+    assert wrong.code == 7
+    assert "FIX  FEDMED_DATA" in wrong.out
+    # Whose folder it is is nobody's business who reads a bug report.
+    assert str(work) not in wrong.out
+
+
+def test_prove(fedmed):
+    record = fedmed("prove", "fedavg", "--steps", "2", "--json").record
+    assert record["holds"] is True
+    assert 0 <= record["max_abs_diff"] <= record["limit"]
+    assert record["num_compared"] > 1000
+    assert record["moved"] > 1e-3
+
+
+def test_run_as_json_prints_one_line(fedmed, work):
+    out = work / "run"
+    ended = fedmed("run", line.write_study(work), "--out", out, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    record = ended.record
+    assert Path(record["run"]) == out
+    assert Path(record["report"]) == out / "report.html"
+    assert (record["strategy"], record["seed"], record["rounds"]) == ("fedbn", 0, 2)
+    assert record["split"] == "test"
+    assert sorted(record["metrics"]) == ["a", "b", "c"]
+    for values in (*record["metrics"].values(), record["overall"]):
+        assert 0 <= values["dice"] <= 1
+        assert {"assd_mm", "hd95_mm"} <= set(values)
+    assert record["worst_site"] in record["metrics"]
+    page = (out / "report.html").read_text()
+    assert "fedbn" in page
+    again = fedmed("report", out, "--json").record
+    assert Path(again["report"]) == out / "report.html"
+    shown = fedmed("report", out)
+    assert shown.code == 0
+    assert "fedbn" in shown.out
+
+
+def test_overrides_and_transport_of_the_command_line(fedmed, work):
+    study, out = line.write_study(work), work / "run"
+    ended = fedmed(
+        "run", study, "seed=3", "strategy.name=fedavg", "train.optimizer.lr=1e-2",
+        "--transport", "inprocess", "--out", out, "--no-report", "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.record["strategy"] == "fedavg"
+    assert ended.record["seed"] == 3
+    assert ended.record["report"] is None
+    lock = (out / "study.lock.yaml").read_text()
+    assert "lr: 0.01" in lock
+    assert "name: inprocess" in lock
+
+
+def test_run_without_a_folder_makes_one(fedmed, work):
+    ended = fedmed("run", line.write_study(work), "--no-report", "--json", cwd=work)
+    folder = work / ended.record["run"]
+    assert folder.parent == work / "runs"
+    assert folder.name.startswith("small-")
+    assert (folder.stat().st_mode & 0o777) == 0o700
+    resumed = fedmed("run", "study.yaml", "--resume", "--no-report", "--json", cwd=work)
+    assert resumed.code == 0
+    assert resumed.record["run"] == ended.record["run"]
+
+
+LAYOUTS = {
+    # data set that `init` must guess, and what the user edits in the study
+    "folder": ("folder", ["sites.include=[alpha]", "tolerance.quarantine_budget=1"]),
+    "nnunet": ("nnunet", []),
+    "bids": ("bids", []),
+    "png": ("folder", []),
+}
+
+
+def write_png(root):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for site in ("east", "west"):
+        for case in range(5):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[8:20, 10 : 20 + case] = 1
+            image = rng.integers(0, 100, (32, 32)) + 120 * mask
+            for name, pixels in (("images", image), ("masks", mask)):
+                (root / site / name).mkdir(parents=True, exist_ok=True)
+                path = root / site / name / f"p{case}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_a_folder_of_data_to_a_result(fedmed, work, layout):
+    """`init`, `sites check`, `run` as its own output tells."""
+    guessed, overrides = LAYOUTS[layout]
+    data, project = work / "data", work / "project"
+    if layout == "png":
+        write_png(data)
+    else:
+        importlib.import_module(f"sites.{layout}").write_miniature(data, 1)
+    ended = fedmed("init", project, "--data", data)
+    assert ended.code == 0, ended.err
+    study = project / "study.yaml"
+    assert f"dataset: {guessed}" in study.read_text()
+    assert f"fedmed run {study}" in ended.out
+    checked = fedmed("sites", "check", study, "--json")
+    assert checked.code in (0, 3), checked.err
+    assert checked.record["cases"] > 0
+    clean = not checked.record["quarantined"] and not checked.record["twins"]
+    assert checked.code == (0 if clean else 3)
+    smaller = [
+        "rounds=1", "preprocess.size=[24,24]", "model.base_width=4", "model.levels=2",
+        "train.local_steps=1", "split.train=0.4", "split.validation=0",
+        "split.test=0.6", "evaluate.overlays=1",
+    ]  # fmt: skip
+    run = fedmed(
+        "run",
+        study,
+        *smaller,
+        *overrides,
+        "--out",
+        work / "run",
+        "--no-report",
+        "--json",
+    )
+    assert run.code == 0, run.out + run.err
+    assert run.record["metrics"], run.out
+
+
+def test_init_refuses_a_folder_in_use(fedmed, work):
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis.tex").write_text("")
+    told = fedmed("init", work / "mine").refused(2)
+    assert "not empty" in told
+
+
+def test_compare_is_interrupted_and_goes_on(fedmed, work):
+    """Two strategies, two seeds; the runs that were finished are not run again."""
+    study, out = line.write_study(work), work / "both"
+    arguments = (
+        "compare", study, "--strategies", "fedavg,fedbn", "--seeds", "0,1", "--out", out,
+    )  # fmt: skip
+    started = fedmed.start(*arguments)
+    started.until((out / "fedavg-seed1" / "checkpoints").is_dir)
+    started.send(2)
+    ended = started.wait()
+    assert ended.code == 130
+    assert f"--out {out}" in ended.err
+    first = out / "fedavg-seed0" / "model.safetensors"
+    before = (first.stat().st_mtime_ns, first.read_bytes())
+    record = fedmed(*arguments, "--json").record
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before
+    index = json.loads((out / "compare.json").read_text())
+    folders = [run["folder"] for run in index["runs"]]
+    assert folders == ["fedavg-seed0", "fedavg-seed1", "fedbn-seed0", "fedbn-seed1"]
+    assert all((out / name / "summary.json").exists() for name in folders)
+    assert "fedavg" in json.dumps(record["table"])
+    assert "fedbn" in json.dumps(record["table"])
+    assert Path(record["report"]).stat().st_size > 10_000
+    shown = fedmed("report", out)
+    assert shown.code == 0
+    assert "fedbn" in shown.out
+
+
+def test_compare_holds_out_each_site_in_turn(fedmed, work):
+    study, out = line.write_study(work, rounds=1), work / "unseen"
+    ended = fedmed(
+        "compare", study, "--strategies", "separate,fedavg", "--leave-one-site-out",
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    folders = sorted(path.parent.name for path in out.glob("*/summary.json"))
+    assert folders == [
+        "fedavg-seed0-without-a",
+        "fedavg-seed0-without-b",
+        "fedavg-seed0-without-c",
+        "separate-seed0",
+    ]
+
+
+def test_output_into_a_closed_pipe_is_no_error(work):
+    done = subprocess.run(
+        f"{sys.executable} -c '{line.COMMAND}' strategies | head -1",
+        shell=True,
+        env=line.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
