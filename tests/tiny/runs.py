@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fedmed.checkpoint import Checkpoints
@@ -28,6 +30,7 @@ from fedmed.strategy import (
 )
 from fedmed.study import Study, study_from_dict
 from fedmed.transports.inprocess import InProcessTransport
+from sites import catalogue
 from sites.context import HospitalContext, Workbench
 from sites.private_state import PrivateStore
 
@@ -73,6 +76,15 @@ IMAGE: dict[str, Any] = {
         "optimizer": {"name": "sgd", "lr": 0.05},
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_are_listed_once() -> Iterator[None]:
+    """Save half of a run's time: each opened site parses every module of `sites`."""
+    once = functools.cache(catalogue.list_datasets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "list_datasets", once)
+        yield
 
 
 def make_study(base: Mapping[str, Any], method: str, /, **changes: Any) -> Study:

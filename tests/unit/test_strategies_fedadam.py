@@ -13,6 +13,7 @@ from fedmed.resolve import load_strategy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 logistic = importlib.import_module("tiny.logistic")
 runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
 
 BETA1, BETA2, TAU, SERVER_LR, LR = 0.7, 0.9, 1e-2, 0.05, 0.2
 OPTIONS = {"beta1": BETA1, "beta2": BETA2, "tau": TAU, "server_lr": SERVER_LR}

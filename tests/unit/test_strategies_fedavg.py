@@ -12,6 +12,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))
 logistic = importlib.import_module("tiny.logistic")
 runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
 
 ONE_FULL_BATCH = {"batch_size": 30, "local_steps": 1}
 
@@ -59,7 +60,7 @@ def test_sites_count_by_their_examples(tmp_path):
 
 
 def test_rounds_of_local_steps_are_weighted_means_of_weights(tmp_path):
-    """Algorithm 1: w^{t+1} = sum_k (n_k / n) w_k, after two local steps of each site."""
+    """Algorithm 1: w^{t+1} = sum_k (n_k / n) w_k, after two local steps each."""
     study = runs.make_study(
         runs.TABLE, "fedavg", train={"batch_size": 30, "local_steps": 2},
         model=logistic.MODEL,

@@ -14,6 +14,7 @@ from fedmed.resolve import load_strategy
 sys.path.insert(0, str(Path(__file__).parents[1]))
 logistic = importlib.import_module("tiny.logistic")
 runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
 
 
 @pytest.mark.parametrize("sync", ["round", "step"])

@@ -16,6 +16,7 @@ from strategies.fedprox import proximal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 logistic = importlib.import_module("tiny.logistic")
 runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
 
 
 def distance(result):
