@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
@@ -12,14 +13,14 @@ STUDY = """\
 # A study of your own hospitals. Try it with:
 #   fedmed sites check {name}/study.yaml
 #   fedmed run {name}/study.yaml
-name: {name}
+name: {quoted_name}
 seed: 0
 rounds: 10
 
 sites:
   dataset: {dataset}          # folder, bids or nnunet
-  root: {root}
-  labels: {{0: background, 1: organ}}   # every value in your masks, with its name
+  root: {quoted_root}
+{labels}
 
 split: {{train: 0.6, validation: 0.2, test: 0.2}}   # by subject
 preprocess:
@@ -35,6 +36,14 @@ train:
 
 strategy: {{name: fedavg, sync: round}}   # fedmed strategies lists them
 """
+
+LABELS = {
+    "folder": "  labels: {0: background, 1: organ}   # of every value in your masks",
+    "bids": "  labels: {0: background, 1: organ}   # of every value in your masks\n"
+    "  suffix: T2w              # last word of the images' names",
+    "nnunet": "  # the labels' names stand in dataset.json",
+}
+"""What each data set must be told."""
 
 README = """\
 # {name}
@@ -58,15 +67,26 @@ def init_command(folder: Path, data: Path | None) -> None:
         raise UsageError(
             f"{folder} is not empty", hint="Name a folder that does not exist yet."
         )
+    if data is not None and not data.is_dir():
+        raise UsageError(f"there is no data folder {data}")
     root = data.resolve() if data else (folder / "data").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if data is None:
         root.mkdir()
     dataset = guess_layout(root)
-    facts = {"name": folder.name, "dataset": dataset, "root": str(root)}
+    name = folder.resolve().name
+    facts = {
+        "name": name,
+        "quoted_name": json.dumps(name, ensure_ascii=False),
+        "dataset": dataset,
+        "root": str(root),
+        "quoted_root": json.dumps(str(root), ensure_ascii=False),
+        "labels": LABELS[dataset],
+    }
     (folder / "study.yaml").write_text(STUDY.format(**facts))
     (folder / "README.md").write_text(README.format(**facts))
-    typer.echo(f"wrote {folder / 'study.yaml'}; next: edit sites.labels in it, then")
+    edit = "look through it" if dataset == "nnunet" else "edit sites.labels in it"
+    typer.echo(f"wrote {folder / 'study.yaml'}; next: {edit}, then")
     typer.echo(f"  fedmed sites check {folder / 'study.yaml'}")
     typer.echo(f"  fedmed run {folder / 'study.yaml'}")
 

@@ -186,7 +186,7 @@ def test_run_without_a_folder_makes_one(fedmed, work):
 LAYOUTS = {
     # data set that `init` must guess, and what the user edits in the study
     "folder": ("folder", ["sites.include=[alpha]", "tolerance.quarantine_budget=1"]),
-    "nnunet": ("nnunet", []),
+    "nnunet": ("nnunet", ["tolerance.quarantine_budget=0.5"]),
     "bids": ("bids", []),
     "png": ("folder", []),
 }
@@ -211,7 +211,7 @@ def write_png(root):
 def test_from_a_folder_of_data_to_a_result(fedmed, work, layout):
     """`init`, `sites check`, `run` as its own output tells."""
     guessed, overrides = LAYOUTS[layout]
-    data, project = work / "data", work / "project"
+    data, project = work / "data", work / "2024 #1: mine"  # YAML must be quoted
     if layout == "png":
         write_png(data)
     else:
@@ -228,7 +228,7 @@ def test_from_a_folder_of_data_to_a_result(fedmed, work, layout):
     assert checked.code == (0 if clean else 3)
     smaller = [
         "rounds=1", "preprocess.size=[24,24]", "model.base_width=4", "model.levels=2",
-        "train.local_steps=1", "split.train=0.4", "split.validation=0",
+        "train.local_epochs=0.5", "split.train=0.4", "split.validation=0",
         "split.test=0.6", "evaluate.overlays=1",
     ]  # fmt: skip
     run = fedmed(
@@ -250,13 +250,17 @@ def test_init_refuses_a_folder_in_use(fedmed, work):
     (work / "mine" / "thesis.tex").write_text("")
     told = fedmed("init", work / "mine").refused(2)
     assert "not empty" in told
+    told = fedmed("init", work / "new", "--data", work / "nowhere").refused(2)
+    assert "no data folder" in told
+    assert not (work / "new").exists()
 
 
 def test_compare_is_interrupted_and_goes_on(fedmed, work):
     """Two strategies, two seeds; the runs that were finished are not run again."""
     study, out = line.write_study(work), work / "both"
     arguments = (
-        "compare", study, "--strategies", "fedavg,fedbn", "--seeds", "0,1", "--out", out,
+        "compare", study, "--strategies", "fedavg,fedbn", "--seeds", "0,1",
+        "--out", out,
     )  # fmt: skip
     started = fedmed.start(*arguments)
     started.until((out / "fedavg-seed1" / "checkpoints").is_dir)
