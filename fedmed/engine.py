@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from fedmed import seeds
 from fedmed.checkpoint import Checkpoint, Checkpoints
@@ -19,7 +19,7 @@ from fedmed.errors import QuorumError, ResumeError, SiteError
 from fedmed.gate import Expectation, screen
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.payload import Metrics, Payload, expect, from_message
-from fedmed.runfolder import RunFolder
+from fedmed.runfolder import Observer, RunFolder
 from fedmed.strategy import (
     Cohort,
     Exchange,
@@ -32,22 +32,6 @@ from fedmed.study import Study
 from fedmed.transports.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Who wants to see a run's progress."""
-
-    def round_started(self, number: int) -> None:
-        """A round begins."""
-
-    def exchanged(
-        self, number: int, exchange: int, losses: Mapping[str, float]
-    ) -> None:
-        """An exchange of a round is over."""
-
-    def round_finished(self, record: Mapping[str, Any]) -> None:
-        """A round is over; `record` is its line in rounds.jsonl."""
 
 
 @dataclass

@@ -7,6 +7,8 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import inspect
+import json
 import logging
 import os
 import platform
@@ -20,7 +22,7 @@ from torch import nn
 
 from fedmed import __version__
 from fedmed.checkpoint import Checkpoint, Checkpoints
-from fedmed.engine import Engine, Observer, restored
+from fedmed.engine import Engine, restored
 from fedmed.errors import ConfigError, FedMedError, ResumeError
 from fedmed.join import Joined, join
 from fedmed.message import SiteId
@@ -29,9 +31,10 @@ from fedmed.resolve import load_strategy, require_own_packages
 from fedmed.runfolder import (
     CLASSIFICATION_COLUMNS,
     SEGMENTATION_COLUMNS,
+    Observer,
     RunFolder,
 )
-from fedmed.storage import RunLock, remove_leftovers, write_state
+from fedmed.storage import RunLock, remove_leftovers, write_atomic, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
 from fedmed.study import Study, study_from_dict
 from fedmed.summary import score_rows, summarise
@@ -41,6 +44,8 @@ from fedmed.transports.transport import HostSpec, Transport
 logger = logging.getLogger(__name__)
 
 HOST_FACTORY = "sites.host:open_host"
+STUDY_FILE = "study.json"
+"""Where Flower's server process finds the study, in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def run_study(
         _check_folder(folder, study, resume=resume)
         remove_leftovers(folder.path)
         if study.transport.name in {"flower", "deployment"}:
-            return _run_with_flower(study, folder)
+            return _run_with_flower(study, folder, observer or Silence(), should_stop)
         with make_transport(study) as transport:
             return drive(
                 transport,
@@ -139,30 +144,48 @@ def make_transport(study: Study) -> Transport:
         from fedmed.transports.ray import RayTransport
 
         kind = RayTransport
-    try:
-        return kind(**options)
-    except TypeError:
-        raise ConfigError(
-            f"transport {study.transport.name!r} does not know all of these options: "
-            + ", ".join(options)
-        ) from None
+    check_options(kind, study, set())
+    return kind(**options)
 
 
-def _run_with_flower(study: Study, folder: RunFolder) -> RunResult:
-    import json
-
+def _run_with_flower(
+    study: Study,
+    folder: RunFolder,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+) -> RunResult:
+    """Let Flower's own processes run the study; follow it through the run folder."""
     from fedmed.transports import flower
 
-    study_file = folder.path / "study.json"
-    study_file.write_text(json.dumps(study.to_dict()))
-    run = (
-        flower.run_simulation
-        if study.transport.name == "flower"
-        else flower.run_deployment
-    )
-    run(folder.path, host_spec(study, folder), transport_sites(study))
+    text = json.dumps(study.to_dict())
+    write_atomic(folder.path / STUDY_FILE, text.encode())
+    folder.stop_file.unlink(missing_ok=True)
+    simulated = study.transport.name == "flower"
+    run = flower.run_simulation if simulated else flower.run_deployment
+    spec, site_ids = host_spec(study, folder), transport_sites(study)
+    check_options(run, study, {"folder", "spec", "site_ids", "driver"})
+    with folder.followed(observer, should_stop):
+        run(folder.path, spec, site_ids, **study.transport.options)
     summary = folder.read_summary()
     return RunResult(folder.path, summary, bool(summary))
+
+
+def check_options(target: Callable[..., Any], study: Study, ours: set[str]) -> None:
+    """Check a transport's options.
+
+    Raises:
+        ConfigError: If one is unknown; names the nearest known one.
+    """
+    known = sorted(set(inspect.signature(target).parameters) - ours)
+    for name in study.transport.options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            asked = f", did you mean {near[0]!r}?" if near else ""
+            listed = ", ".join(known) or "none"
+            raise ConfigError(
+                f"unknown key 'transport.{name}'{asked}",
+                hint=f"Options of transport {study.transport.name!r}: {listed}.",
+            )
 
 
 def host_spec(study: Study, folder: RunFolder) -> HostSpec:

@@ -6,15 +6,17 @@ resumed, so an interrupted run ends with the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
@@ -30,6 +32,26 @@ SEGMENTATION_COLUMNS = (
 CLASSIFICATION_COLUMNS = (
     "round", "split", "site", "case_id", "label", "prediction", "score",
 )  # fmt: skip
+
+
+FOLLOW_S = 0.5
+"""How often the folder of another process is looked at, seconds."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who wants to see a run's progress."""
+
+    def round_started(self, number: int) -> None:
+        """A round begins."""
+
+    def exchanged(
+        self, number: int, exchange: int, losses: Mapping[str, float]
+    ) -> None:
+        """An exchange of a round is over."""
+
+    def round_finished(self, record: Mapping[str, Any]) -> None:
+        """A round is over; `record` is its line in rounds.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,11 @@ class RunFolder:
     def ledger(self) -> Path:
         """Folder of the simulated sites' ledgers."""
         return self.path / "ledger"
+
+    @property
+    def stop_file(self) -> Path:
+        """Its presence asks another process to stop after the round."""
+        return self.path / "stop-requested"
 
     def create(self) -> None:
         """Make the folder, readable by its owner only.
@@ -166,6 +193,36 @@ class RunFolder:
             write_atomic(self.cases_file, content.encode())
         self.summary_file.unlink(missing_ok=True)
         self.model_file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def followed(
+        self, observer: Observer, should_stop: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Show the progress of another process that works in this folder.
+
+        Args:
+            observer: Is told of every finished round.
+            should_stop: If it turns true, that process is asked to stop.
+        """
+        over = threading.Event()
+
+        def follow() -> None:
+            known = {record["round"] for record in self.read_rounds()}
+            while not over.wait(FOLLOW_S):
+                if should_stop():
+                    self.stop_file.touch()
+                for record in self.read_rounds():
+                    if record["round"] not in known:
+                        known.add(record["round"])
+                        observer.round_finished(record)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def site_folder(self, site_id: SiteId) -> Path:
         """Folder of one simulated site's private part."""

@@ -159,12 +159,19 @@ def named_driver(name: str) -> Driver:
 
 def drive_study(transport: Transport, folder: Path) -> None:
     """Run the study that lies as `study.json` in a run folder."""
-    from fedmed.run import Silence, drive
+    from fedmed.run import STUDY_FILE, Silence, drive
     from fedmed.runfolder import RunFolder
     from fedmed.study import study_from_dict
 
-    study = study_from_dict(json.loads((folder / "study.json").read_text()))
-    drive(transport, study, RunFolder(folder), observer=Silence())
+    study = study_from_dict(json.loads((folder / STUDY_FILE).read_text()))
+    run_folder = RunFolder(folder)
+    drive(
+        transport,
+        study,
+        run_folder,
+        observer=Silence(),
+        should_stop=run_folder.stop_file.exists,
+    )
 
 
 def write_outcome(folder: Path, error: BaseException | None) -> None:
