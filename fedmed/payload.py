@@ -151,7 +151,7 @@ def from_message(message: Message) -> Payload:
     """Rebuild the payload that `to_message` flattened.
 
     Raises:
-        WireError: If the kind is unknown or a field is missing or superfluous.
+        WireError: If the kind is unknown or holds a tensor it does not declare.
     """
     kind = KINDS.get(message.kind)
     if kind is None:
@@ -167,7 +167,8 @@ def from_message(message: Message) -> Payload:
         fields["min_count"] = message.header.get("min_count", 0)
     for path, tensor in message.tensors.items():
         name, *rest = path.split(_SEPARATOR)
-        if name not in known or not rest or name not in _NESTED | _STATES:
+        depth = 2 if name in _NESTED else 1
+        if name not in known & (_NESTED | _STATES) or len(rest) < depth:
             raise WireError(f"a {message.kind} reply holds an undeclared {name!r}")
         target = fields.setdefault(name, {})
         if name in _NESTED:

@@ -141,6 +141,6 @@ class Trainer:
     def _require_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss.detach()).item():
             raise SiteError(
-                f"site {self.site_id}: the training loss became {float(loss)}",
+                f"site {self.site_id}: the training loss became {float(loss.detach())}",
                 hint="Lower train.optimizer.lr, or set train.clip_norm.",
             )
