@@ -21,7 +21,7 @@ from fedmed.strategy import (
     Strategy,
     at_site,
 )
-from fedmed.training.local import local_training
+from fedmed.training.local import local_training, merged
 
 _MEMORY = "flower"
 
@@ -40,8 +40,8 @@ class Flower(Strategy):
         Weights: every shared entry after local training; size of the model.
 
     Differs from the source:
-        Replies go in sorted order of the sites; integer entries are not averaged.
-        Running statistics are aggregated like any other entry.
+        Replies go in sorted order of the sites. Running statistics are merged, not
+        aggregated.
     """
 
     aggregator: str = "FedAvg"
@@ -60,10 +60,17 @@ class Flower(Strategy):
         """Let Flower's strategy combine the weights after local training."""
         replies = yield cohort.ask(self.training, weights=server.shared)
         weights = self.weights_of(cohort)
+        # Running statistics are no directions: Adam's step would make variances
+        # negative. They are merged by the law of total variance, as everywhere.
+        target = merged(server, replies, weights)
+        initial = server.trainable()
         train_round = TrainRound(
             number=cohort.round,
-            initial=dict(server.shared),
-            replies={s: (dict(r.state), weights[s]) for s, r in replies.items()},
+            initial=initial,
+            replies={
+                site: ({name: reply.state[name] for name in initial}, weights[site])
+                for site, reply in replies.items()
+            },
             losses={s: float(r.values["loss"]) for s, r in replies.items()},
         )
         combined = aggregate_with_flower(
@@ -72,7 +79,7 @@ class Flower(Strategy):
             train_round,
             memory=dict(server.memory.get(_MEMORY, {})),
         )
-        return server.with_shared(combined.state).remember(**{_MEMORY: combined.memory})
+        return target.with_shared(combined.state).remember(**{_MEMORY: combined.memory})
 
     @at_site
     def training(self, site: SiteContext, weights: State) -> Outcome:
