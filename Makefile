@@ -47,7 +47,7 @@ integration: $(STAMP) ## Only the tests of the whole.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration
 
 fab: $(STAMP) ## Build the Flower bundle and check what is in it.
-	$(BIN)/python -m tests.fab
+	rm -f *.fab && $(BIN)/flwr build && $(BIN)/python deploy/check_bundle.py *.fab
 
 clean: ## Remove the environment and run folders.
 	rm -rf $(VENV) runs dist build *.fab

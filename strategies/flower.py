@@ -1,7 +1,7 @@
 """Any aggregator of `flwr.serverapp.strategy`, named `flwr:<Name>` in a study.
 
 The local training is FedAvg's; what differs is how the server combines the weights:
-`flwr:FedTrimmedAvg`, `flwr:FedMedian`, `flwr:Krum`, `flwr:FedAdam` and so on, unmodified.
+`flwr:FedTrimmedAvg`, `flwr:FedMedian`, `flwr:Krum` and so on, unmodified.
 """
 
 from __future__ import annotations
