@@ -11,6 +11,7 @@ run that nobody touched. Ends with 1 if any trial differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -84,10 +85,8 @@ def trial(study: Path, out: Path, instant_s: float, options: Sequence[str]) -> i
     while not (out / "run.lock").exists() and process.poll() is None:
         time.sleep(0.002)
     time.sleep(instant_s)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate()
     done = rounds_done(out)
     finish(start(study, out, "--resume", *options))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +32,6 @@ class TerminalProgress:
         self._title = title
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
-        self._started = time.monotonic()
         self._first = first
 
     def __enter__(self) -> TerminalProgress:
@@ -83,8 +81,8 @@ class TerminalProgress:
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=number, state=text)
             return
-        done = number - self._first
-        left = (time.monotonic() - self._started) / done * (self._rounds - number)
+        # The first round also opens the data, so it tells little about the others.
+        left = record["seconds"] * (self._rounds - number)
         self._console.print(
             f"{self._title}: round {number}/{self._rounds} · {text} · "
             f"{record['seconds']:.1f} s · {left:.0f} s left",

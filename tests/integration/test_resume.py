@@ -215,6 +215,31 @@ def test_one_ctrl_c_finishes_the_round(fedmed, work, number):
     assert not (out / "model.safetensors").exists()
 
 
+def test_ctrl_c_reaches_every_process_of_ray(fedmed, work, small):
+    """A terminal sends it to all; the run goes on in one process, to the same bytes."""
+    study, out = line.write_study(work), work / "run"
+    command = [sys.executable, "-c", line.COMMAND, "run", study, "--out", out]
+    process = subprocess.Popen(
+        [*map(str, command), "--transport", "ray", "--no-report"],
+        env=line.environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "checkpoints" / "round-000000.safetensors").exists():
+        assert process.poll() is None
+        sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert rounds_of(out) in ([], [1])  # it came before or in the first round
+    assert "Traceback" not in err
+    ended = fedmed("run", study, "--out", out, "--resume", "--no-report")
+    assert ended.code == 0, ended.err
+    assert line.hashes(out) == small
+
+
 def test_two_ctrl_c_stop_at_once_and_lose_nothing(fedmed, work):
     changes = {"rounds": 2, "train": {**line.TINY["train"], "local_steps": 30}}
     study, out = line.write_study(work, **changes), work / "run"
