@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from tiny import hospitals
 
 from fedmed.message import State
 
+from . import hospitals
+
 SITES = ("a", "b", "c")
-MODEL = {"widths": []}
+MODEL: dict[str, list[int]] = {"widths": []}
 
 
 def data(site: str) -> tuple[np.ndarray, np.ndarray]:
@@ -44,4 +45,5 @@ def gradient(weights: np.ndarray, site: str) -> np.ndarray:
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = odds / odds.sum(axis=1, keepdims=True)
     excess = probabilities - np.eye(len(weights))[classes]
-    return excess.T @ inputs / len(rows)
+    mean: np.ndarray = excess.T @ inputs / len(rows)
+    return mean

@@ -99,7 +99,7 @@ def make_study(base: Mapping[str, Any], method: str, /, **changes: Any) -> Study
     for key, value in changes.items():
         old = content.get(key)
         merge = isinstance(value, Mapping) and isinstance(old, Mapping)
-        content[key] = {**old, **value} if merge else value  # type: ignore[dict-item]
+        content[key] = {**old, **value} if merge else value
     return study_from_dict(content)
 
 

@@ -1,0 +1,1 @@
+"""Tiny hospitals, and studies on them, for the tests of strategies."""
