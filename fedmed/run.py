@@ -115,7 +115,7 @@ def run_study(
     folder = RunFolder(out)
     folder.create()
     with RunLock(folder.path):
-        _check_folder(folder, study, resume=resume)
+        check_folder(folder, study, resume=resume)
         remove_leftovers(folder.path)
         if study.transport.name in {"flower", "deployment"}:
             return _run_with_flower(study, folder, observer or Silence(), should_stop)
@@ -386,7 +386,12 @@ def _finish(
     return RunResult(folder.path, summary)
 
 
-def _check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
+def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
+    """Refuse a folder that holds a run, unless it is this one and to be resumed.
+
+    Raises:
+        ResumeError: If it holds a run and `resume` is False, or one of another study.
+    """
     if not folder.lock_file.exists():
         return
     if not resume:
@@ -421,9 +426,19 @@ def _refuse_changed_data(folder: RunFolder, joined: Joined) -> None:
 
 
 def study_of_lock(lock: Mapping[str, Any]) -> Study:
-    """Read the study back from study.lock.yaml."""
+    """Read the study back from study.lock.yaml.
+
+    Raises:
+        ResumeError: If it is no study that this version knows.
+    """
     known = {name: lock[name] for name in Study.model_fields if name in lock}
-    return study_from_dict(known, where="study.lock.yaml")
+    try:
+        return study_from_dict(known, where="study.lock.yaml")
+    except ConfigError as error:
+        raise ResumeError(
+            f"the run cannot be read back: {error.message}",
+            hint="It was changed, or another version of fedmed wrote it.",
+        ) from None
 
 
 _FREE_TO_CHANGE = ("transport", "tolerance.timeout_s", "tolerance.retries", "cache")

@@ -133,9 +133,11 @@ class RunFolder:
         """
         try:
             content = yaml.safe_load(self.lock_file.read_text())
-        except (OSError, yaml.YAMLError):
+            if not isinstance(content, dict):
+                raise ValueError("no mapping")
+        except (OSError, ValueError, yaml.YAMLError):
             raise ResumeError(f"{self.path} holds no run that could be read") from None
-        return dict(content)
+        return content
 
     def write_summary(self, content: Mapping[str, Any]) -> None:
         """Write the final metrics."""

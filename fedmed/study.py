@@ -14,9 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fedmed.errors import ConfigError
+
+MAX_TOLD = 5
+"""Problems of a study that one message lists."""
 
 
 class Section(BaseModel):
@@ -101,8 +111,9 @@ class ModelSection(OpenSection):
     """The network; further keys are its options (`base`, `levels`, `norm`...).
 
     Attributes:
-        name: "unet", "mlp" or "monai:<Name>".
-        mode: "slice" (2D, 2.5D), "patch" (3D) or "row" (tables).
+        name: "unet", "classifier", "mlp" or "monai:<Name>".
+        mode: Segmentation: "slice" (2D, 2.5D) or "patch" (3D). Classification:
+            "image" (whole images, 2D or 3D) or "row" (tables).
         slices: Adjacent slices fed as channels (odd); 1 = plain 2D.
         patch_size: Of mode "patch", voxels in I, J, K.
         patches_per_case: Of mode "patch": examples of one case in an epoch.
@@ -110,7 +121,7 @@ class ModelSection(OpenSection):
     """
 
     name: str = "unet"
-    mode: Literal["slice", "patch", "row"] = "slice"
+    mode: Literal["slice", "patch", "image", "row"] = "slice"
     slices: int = Field(1, ge=1)
     patch_size: tuple[int, int, int] | None = None
     patches_per_case: int = Field(1, ge=1)
@@ -237,6 +248,13 @@ class Study(Section):
     transport: TransportSection = TransportSection()
     cache: str | None = None
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip() or name.startswith(".") or {"/", "\\", "\0"} & {*name}:
+            raise ValueError("must be usable as the name of a folder")
+        return name
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML, JSON and other processes."""
         return self.model_dump(mode="json")
@@ -246,14 +264,15 @@ def study_from_dict(content: Mapping[str, Any], *, where: str = "the study") -> 
     """Check a mapping and turn it into a `Study`.
 
     Raises:
-        ConfigError: With every problem found, the nearest known key for each
+        ConfigError: With the first problems found, the nearest known key for each
             unknown one.
     """
     try:
         return Study.model_validate(content)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        more = [f"and {len(lines) - MAX_TOLD} more"] if len(lines) > MAX_TOLD else []
+        raise ConfigError(f"{where}: " + "; ".join(lines[:MAX_TOLD] + more)) from None
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 import typer
 
 from fedmed.commands.report import print_table
-from fedmed.commands.run import execute
-from fedmed.errors import ConfigError, UsageError
+from fedmed.commands.run import default_folder, execute, refuse_foreign
+from fedmed.errors import ConfigError, StorageError, UsageError
 from fedmed.report.tables import comparison_table
 from fedmed.resolve import load_strategy
-from fedmed.run import cache_folder
+from fedmed.run import cache_folder, check_folder
 from fedmed.runfolder import RunFolder
 from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict
@@ -50,7 +49,8 @@ def compare_command(
     content = apply_overrides(read_yaml(study_file), overrides)
     study = study_from_dict(content, where=study_file.name)
     held_out = _sites(study) if leave_one_site_out else (None,)
-    folder = out or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or default_folder(study)
+    refuse_foreign(folder, ("compare.json",))
     legs = tuple(_legs(strategies, seeds, held_out))
     studies = {leg: _study_of(content, study, leg) for leg in legs}
     _write_index(folder, study, legs)
@@ -117,21 +117,35 @@ def _write_index(folder: Path, study: Study, legs: tuple[Leg, ...]) -> None:
         )
     runs = [asdict(leg) for leg in legs]
     if index.exists():
-        known = json.loads(index.read_text())["runs"]
+        known = _known_runs(index)
         runs += [run for run in known if run not in runs]
     content = {"study": study.name, "runs": runs}
     write_atomic(index, json.dumps(content, indent=1).encode())
 
 
+def _known_runs(index: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(index.read_text())["runs"])
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(
+            f"{index.name} in {str(index.parent)!r} is damaged",
+            hint="Restore it, or choose another folder with --out.",
+        ) from None
+
+
 def _run_leg(folder: Path, study: Study, number: str, as_json: bool) -> bool:
     run_folder = RunFolder(folder)
     if run_folder.summary_file.exists() and run_folder.model_file.exists():
+        check_folder(run_folder, study, resume=True)
         return True
     titled = study.model_copy(update={"title": study.title})
     if not as_json:
         typer.echo(f"run {number}: {folder.name}", err=True)
     resume = run_folder.lock_file.exists()
-    return execute(titled, folder, resume=resume, quiet=as_json).finished
+    try:
+        return execute(titled, folder, resume=resume, quiet=as_json).finished
+    except KeyboardInterrupt:
+        return False
 
 
 def _finish(folder: Path, *, as_json: bool) -> None:

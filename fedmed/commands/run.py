@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from fedmed.checkpoint import Checkpoints
+from fedmed.errors import UsageError
 from fedmed.progress import TerminalProgress
 from fedmed.run import RunResult, Silence, run_study
 from fedmed.runfolder import RunFolder, finite
@@ -68,6 +69,25 @@ def newest_folder(study: Study) -> Path:
     return found[-1].parent if found else default_folder(study)
 
 
+RUN_ENTRIES = ("study.lock.yaml", "run.lock", "checkpoints", "sites", "ledger")
+"""Any of these makes a folder a run's."""
+
+
+def refuse_foreign(folder: Path, entries: tuple[str, ...]) -> None:
+    """Keep a run out of a folder that holds other things.
+
+    Raises:
+        UsageError: If the folder holds something, and none of `entries`.
+    """
+    if not folder.is_dir() or any((folder / name).exists() for name in entries):
+        return
+    if any(folder.iterdir()):
+        raise UsageError(
+            f"the folder {folder} holds other things",
+            hint="Name a folder with --out that is new or empty.",
+        )
+
+
 def execute(study: Study, out: Path, *, resume: bool, quiet: bool) -> RunResult:
     """Run a study with progress on the terminal."""
     with listening() as should_stop:
@@ -109,6 +129,7 @@ def run_command(
         overrides = (*overrides, f"transport.name={transport}")
     study = load_study(study_file, overrides)
     folder = out or (newest_folder(study) if resume else default_folder(study))
+    refuse_foreign(folder, RUN_ENTRIES)
     try:
         result = execute(study, folder, resume=resume, quiet=as_json)
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ WRONG_STUDIES = {
     "key": ({"train": {"bach_size": 4}}, ["train.bach_size", "'batch_size'"]),
     "section": ({"modle": {}}, ["'modle'", "'model'"]),
     "name_missing": ({"name": None}, ["name"]),
+    "folder": ({"name": "../elsewhere"}, ["name", "name of a folder"]),
     "type": ({"rounds": "many"}, ["rounds", "many"]),
     "range": ({"rounds": 0}, ["rounds", "greater than or equal to 1"]),
     "split": ({"split": {"train": 0.9}}, ["train + validation + test must be 1"]),
@@ -390,6 +391,30 @@ def test_an_error_that_nobody_foresaw(fedmed, work):
     (work / "runs").write_text("")
     told = fedmed("run", line.write_study(work), cwd=work).refused(6)
     assert "runs" in told
+
+
+def test_run_is_kept_out_of_a_folder_with_other_things(fedmed, work):
+    study = line.write_study(work)
+    for command in ("run", "compare"):
+        told = fedmed(command, study, "--out", "", cwd=work).refused(USAGE)
+        assert "holds other things" in told
+    assert [path.name for path in work.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize("content", ["{}", "name: [", "- a", "name: x\nsites: 3\n"])
+def test_damaged_lock_file(fedmed, work, content):
+    study, out = line.write_study(work), work / "run"
+    out.mkdir()
+    (out / "study.lock.yaml").write_text(content)
+    fedmed("run", study, "--out", out, "--resume").refused(6)
+
+
+def test_damaged_index_of_a_comparison(fedmed, work):
+    study, out = line.write_study(work), work / "both"
+    out.mkdir()
+    (out / "compare.json").write_text("{")
+    told = fedmed("compare", study, "--out", out).refused(6)
+    assert "compare.json" in told
 
 
 def test_exit_codes_are_documented():

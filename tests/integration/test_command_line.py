@@ -282,6 +282,17 @@ def test_compare_is_interrupted_and_goes_on(fedmed, work):
     shown = fedmed("report", out)
     assert shown.code == 0
     assert "fedbn" in shown.out
+    # Runs of another study may not stand in the same table.
+    told = fedmed(*arguments, "train.optimizer.lr=0.1").refused(6)
+    assert "train.optimizer.lr: 0.003 -> 0.1" in told
+
+
+def test_terminal_that_knows_ascii_only(work):
+    study = line.write_study(work, rounds=1)
+    arguments = ("run", study, "--out", work / "run", "--no-report")
+    ended = line.fresh(*arguments, cwd=work, PYTHONIOENCODING="ascii")
+    assert ended.code == 0, ended.err
+    assert "overall" in ended.out
 
 
 def test_compare_holds_out_each_site_in_turn(fedmed, work):
