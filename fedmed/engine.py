@@ -314,7 +314,7 @@ class Engine:
             "loss": dict(sorted(log.losses.items())),
             "bytes_down": dict(sorted(log.bytes_down.items())),
             "bytes_up": dict(sorted(log.bytes_up.items())),
-            "answered": sorted(self._tokens),
+            "answered": sorted({*self._tokens} - {*log.refused, *log.failed}),
             "refused": dict(sorted(log.refused.items())),
             "failed": dict(sorted(log.failed.items())),
             "validation": validation or None,

@@ -7,6 +7,7 @@ anywhere as `package.module`.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -26,6 +27,7 @@ DATA_VARIABLE = "FEDMED_DATA"
 """Environment variable that names the folder in which the data sets lie."""
 
 
+@functools.cache
 def list_datasets() -> dict[str, str]:
     """Find the dataset modules in `sites` without importing them.
 
@@ -85,18 +87,19 @@ def load_dataset_module(name: str) -> ModuleType:
         ConfigError: If there is none of this name.
         MissingDependencyError: If the module is there and something it imports is not.
     """
-    known = list_datasets()
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) or (
-        "." not in name and name not in known
+        "." not in name and name not in list_datasets()
     ):
-        raise ConfigError(f"unknown data set {name!r}", hint=nearest(name, [*known]))
+        known = [*list_datasets()]
+        raise ConfigError(f"unknown data set {name!r}", hint=nearest(name, known))
     full_name = name if "." in name else f"{sites.__name__}.{name}"
     try:
         module = importlib.import_module(full_name)
     except ModuleNotFoundError as error:
         if full_name == error.name or full_name.startswith(f"{error.name}."):
             raise ConfigError(
-                f"there is no module {full_name!r}", hint=nearest(name, [*known])
+                f"there is no module {full_name!r}",
+                hint=nearest(name, [*list_datasets()]),
             ) from None
         raise MissingDependencyError(
             f"data set {name!r} needs the package {error.name!r}",

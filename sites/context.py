@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedmed import seeds
-from fedmed.message import SiteId, State
+from fedmed.message import Message, SiteId, State
 from fedmed.partition import StatePartition
 from fedmed.resolve import load_strategy
 from fedmed.strategy import POOLED_SITE, Private, Strategy
@@ -145,6 +145,13 @@ class Workbench:
             return train.local_steps
         largest = max((len(index) for index in self.indices), default=0)
         return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
+
+    def seed(self, message: Message) -> int:
+        """Seed of torch's global state while a message is answered, tries apart."""
+        number = int(message.header.get("round", 0))
+        exchange = str(message.header.get("token", "")).rpartition(".")[2]
+        purpose = ("torch", self.site_id, number, message.kind, exchange)
+        return seeds.derive(self.study.seed, *purpose)
 
     def batch(self, number: int, step: int) -> Batch:
         """Batch `step` of round `number`: a pure function of the study and these."""

@@ -106,6 +106,8 @@ class Host:
             FedMedError: Anything that a person can mend.
         """
         with torch.random.fork_rng(devices=[]):
+            # Dropout in a network must not depend on what this process did before.
+            torch.manual_seed(self._bench.seed(message))
             payload = self._answer(message)
         reply = to_message(payload)
         reply = enforce(self._policy, reply, context=self._policy_context(message))
