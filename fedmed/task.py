@@ -65,15 +65,82 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
-    """Build the study's network, equal in every process for equal studies."""
+_OWN_NETWORKS = {"slice": "unet", "patch": "unet", "image": "classifier", "row": "mlp"}
+
+
+def check_fit(study: Study, task: Task) -> None:
+    """Check that the study's model is one for its data.
+
+    Raises:
+        ConfigError: If not; the hint says what to set.
+    """
     section = study.model
+    has_classes = task.kind == "classification"
+    if not has_classes:
+        fitting: tuple[str, ...] = ("slice", "patch")
+        seen = "have a label for every voxel (segmentation)"
+    elif task.spatial_dims == 0:
+        fitting, seen = ("row",), "are a table with one class per row (classification)"
+    else:
+        fitting, seen = ("image",), "are images with one class each (classification)"
+    hint = " or ".join(
+        f"model.mode: {mode} and model.name: {_OWN_NETWORKS[mode]}" for mode in fitting
+    )
+    if section.mode not in fitting:
+        raise ConfigError(
+            f"model.mode is {section.mode!r}, and the data {seen}", hint=f"Set {hint}."
+        )
+    own = set(_OWN_NETWORKS.values())
+    if section.name in own and section.name != _OWN_NETWORKS[section.mode]:
+        raise ConfigError(
+            f"model.name is {section.name!r}, and the data {seen}", hint=f"Set {hint}."
+        )
+    if has_classes and study.split.by == "slices":
+        raise ConfigError(
+            f"split.by is 'slices', and the data {seen}", hint="Set split.by: subject."
+        )
+    _check_dimensions(study, task)
+
+
+def example_dims(study: Study, task: Task) -> int:
+    """Spatial dimensions of what the network sees: 2 or 3, 0 for a table's row."""
+    if study.model.mode == "image":
+        size_k = (study.preprocess.size or ())[2:]
+        return 2 if size_k == (1,) else task.spatial_dims
+    return {"slice": 2, "patch": 3, "row": 0}[study.model.mode]
+
+
+def _check_dimensions(study: Study, task: Task) -> None:
+    asked = study.model.options.get("spatial_dims")
+    dims = example_dims(study, task)
+    if study.model.mode == "image" and asked not in {None, dims}:
+        raise ConfigError(
+            f"model.spatial_dims is {asked!r}, and the images have {dims} dimensions",
+            hint="Leave it out, or set preprocess.size: [I, J, K] with K = 1 to make "
+            "flat images of volumes.",
+        )
+
+
+def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
+    """Build the study's network, equal in every process for equal studies.
+
+    `spatial_dims` follows from the mode and the task for our own networks, and for
+    MONAI's in mode "image".
+
+    Raises:
+        ConfigError: If the model does not fit the task, or cannot be built.
+    """
+    check_fit(study, task)
+    section = study.model
+    knows_dims = section.name in {"unet", "classifier"} or (
+        section.mode == "image" and section.name.startswith("monai:")
+    )
 
     def build(**changes: Any) -> nn.Module:
         options = {**section.options, **changes}
         name = str(options.pop("name", section.name))
-        if section.name == "unet":
-            options.setdefault("spatial_dims", 3 if section.mode == "patch" else 2)
+        if knows_dims:
+            options.setdefault("spatial_dims", example_dims(study, task))
         return build_network(
             name,
             in_channels=task.num_channels * section.slices,

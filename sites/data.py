@@ -21,6 +21,7 @@ from fedmed.imaging.prepared_case import PreparedCase
 from fedmed.imaging.preprocess import Preprocessing
 from fedmed.message import SiteId
 from fedmed.study import Study, expand
+from fedmed.task import Task, check_fit
 from sites.catalogue import open_dataset
 from sites.splits import read_assignment, split_by_subject
 
@@ -57,7 +58,8 @@ def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite
     """Open the study's data set and give the sites that the study includes.
 
     Raises:
-        ConfigError: If the study names a site that does not exist.
+        ConfigError: If the study names a site that does not exist, or its model is
+            none for these data.
         DataError: If the data set has no site.
     """
     section = study.sites
@@ -66,6 +68,7 @@ def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite
         options.setdefault("cache_dir", str(cache / "phantoms"))
     root = expand(section.root) if section.root else None
     card, found = open_dataset(section.dataset, root, options)
+    check_fit(study, Task.of(card))
     known = [site.site_id for site in found]
     for name in (*section.include, *study.split.held_out):
         if name not in known:

@@ -16,6 +16,7 @@ from fedmed.message import State
 from fedmed.metrics.case_scores import score_case
 from fedmed.metrics.largest_component import largest_component
 from fedmed.strategy import Private
+from fedmed.training.examples import is_class
 from fedmed.training.predict import predict_case
 from sites.calibration import calibrate, needs_calibration
 from sites.context import Workbench
@@ -88,7 +89,7 @@ def _score(
         device=bench.trainer.device,
     )
     if bench.task.kind == "classification":
-        return [_classified(case, probabilities)], None
+        return _classified(case, probabilities), None
     prediction = restore(probabilities, case)
     label = case.label_native_IJK
     if label is None or np.all(label == UNKNOWN_LABEL):
@@ -126,15 +127,19 @@ def _score(
     return rows, {"case": case, "prediction": probabilities.argmax(axis=0)}
 
 
-def _classified(case: Any, probabilities: np.ndarray) -> Row:
+def _classified(case: AnyCase, probabilities: np.ndarray) -> list[Row]:
+    label = case.class_label
+    if label is None or not is_class(label):
+        return []
     flat = np.asarray(probabilities, dtype=np.float64).ravel()
     score = flat[1] if flat.size == 2 else flat.max()
-    return {
+    row = {
         "case_id": case.case_id,
-        "label": int(case.label),
+        "label": int(label),
         "prediction": int(flat.argmax()),
         "score": float(score),
     }
+    return [row]
 
 
 def write_overlays(

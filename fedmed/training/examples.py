@@ -1,4 +1,4 @@
-"""Training examples from prepared cases: slices, patches or rows of a table.
+"""Training examples from prepared cases: slices, patches, whole images or rows.
 
 Which examples are in batch t of a stream is a function of the seed and of t alone: no
 iterator has to be saved, and a run that is resumed sees the batches it would have seen.
@@ -19,8 +19,8 @@ from fedmed.errors import ConfigError, DataError
 from fedmed.seeds import derive, numpy_rng
 from fedmed.training.augment import Augmentation, augment
 
-Mode = Literal["slice", "patch", "row"]
-MODES: tuple[Mode, ...] = ("slice", "patch", "row")
+Mode = Literal["slice", "patch", "image", "row"]
+MODES: tuple[Mode, ...] = ("slice", "patch", "image", "row")
 
 MAX_POSITIONS = 20_000
 """Voxels of one case that patches may be centred on, where not all may be."""
@@ -73,7 +73,8 @@ class Batch:
 
     Attributes:
         images: float32; (B, C, I, J), (B, C, I, J, K) or (B, F).
-        labels: int64; (B, I, J), (B, I, J, K) or (B,). `UNKNOWN_LABEL` = no label.
+        labels: int64; (B, I, J), (B, I, J, K) or, one class each, (B,).
+            `UNKNOWN_LABEL` = no label.
     """
 
     images: Tensor
@@ -87,7 +88,8 @@ class ExampleIndex:
         cases: Prepared cases; their order does not matter.
         mode: "slice": one slice of axis K is an example, one without any known label
             voxel is none. "patch": each case gives `patches_per_case` patches, drawn
-            anew every epoch. "row": one row of a table is an example.
+            anew every epoch. "image": one image with its class is an example, flat
+            if K is 1. "row": one row of a table with its class is an example.
         num_slices: Odd number of adjacent slices fed as channels (2.5D), c * num_slices
             + s; the first and the last slice are repeated beyond the ends, the label
             is that of the middle.
@@ -153,8 +155,9 @@ class ExampleIndex:
             batch_size: Examples in a batch.
 
         Returns:
-            The batch. Slices of different sizes are padded to the largest among them:
-            the image with its border values, the label with `UNKNOWN_LABEL`.
+            The batch. Slices and whole images of different sizes are padded to the
+            largest among them: the image with its border values, the label of a
+            slice with `UNKNOWN_LABEL`.
         """
         orders: dict[int, np.ndarray] = {}
         pairs = []
@@ -165,9 +168,11 @@ class ExampleIndex:
                 orders[epoch] = rng.permutation(len(self))
             case, part = self.examples[int(orders[epoch][place])]
             pairs.append(self._read(case, part, derive(seed, "example", position)))
+        images, labels = map(list, zip(*pairs, strict=True))
+        if self.mode in {"slice", "image"}:
+            images = pad_alike(images)
         if self.mode == "slice":
-            pairs = _pad_alike(pairs)
-        images, labels = zip(*pairs, strict=True)
+            labels = pad_alike(labels, value=UNKNOWN_LABEL)
         return Batch(torch.stack(images), torch.stack(labels))
 
     def _read(self, case: int, part: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -178,6 +183,11 @@ class ExampleIndex:
                 torch.from_numpy(np.array(features, dtype=np.float32)),
                 torch.tensor(int(label), dtype=torch.int64),
             )
+        if self.mode == "image":
+            whole = torch.from_numpy(read_image(prepared.image_CIJK))
+            nothing = torch.zeros(whole.shape[1:], dtype=torch.uint8)
+            changed, _ = augment(whole, nothing, self.augmentation, seed=seed)
+            return changed, torch.tensor(int(prepared.label_IJK), dtype=torch.int64)
         if self.mode == "slice":
             image = read_slices(prepared.image_CIJK, part, num_slices=self.num_slices)
             label = np.array(prepared.label_IJK[:, :, part])
@@ -224,6 +234,11 @@ def read_row(case: Any) -> tuple[np.ndarray, Any]:
     if isinstance(case, PreparedRow):
         return case.features_F, case.label
     return case.image_CIJK, case.label_IJK
+
+
+def is_class(label: Any) -> bool:
+    """Whether a case's label is a class; neither None nor `UNKNOWN_LABEL`."""
+    return label is not None and int(label) != UNKNOWN_LABEL
 
 
 def check_options(
@@ -278,6 +293,16 @@ def read_slices(image_CIJK: np.ndarray, k: int, *, num_slices: int) -> np.ndarra
     return slices.reshape(-1, *slices.shape[2:]).astype(np.float32, copy=False)
 
 
+def read_image(image_CIJK: np.ndarray) -> np.ndarray:
+    """Copy a whole image, without its axis K if that holds one slice.
+
+    Returns:
+        float32 (C, I, J) or (C, I, J, K).
+    """
+    flat = image_CIJK.shape[3] == 1
+    return np.array(image_CIJK[..., 0] if flat else image_CIJK, dtype=np.float32)
+
+
 def patch_corner(
     centre: Sequence[Any], size: Sequence[int], shape: Sequence[int]
 ) -> tuple[int, ...]:
@@ -316,9 +341,12 @@ def _list_examples(
     cases: Sequence[Any], mode: Mode, patches_per_case: int
 ) -> list[tuple[int, int]]:
     examples: list[tuple[int, int]] = []
+    if mode == "image":
+        _check_images(cases)
     for number, case in enumerate(cases):
-        if mode == "row":
-            examples += [(number, 0)] if read_row(case)[1] is not None else []
+        if mode in {"row", "image"}:
+            label = read_row(case)[1] if mode == "row" else case.label_IJK
+            examples += [(number, 0)] if is_class(label) else []
         elif case.label_IJK is not None:
             _check_label(case, mode)
             known_K = (np.asarray(case.label_IJK) != UNKNOWN_LABEL).any(axis=(0, 1))
@@ -336,19 +364,50 @@ def _check_label(case: PreparedCase, mode: Mode) -> None:
             f"mode {mode!r} needs a label for every voxel; case {case.case_id!r} has "
             f"an image of shape {case.image_CIJK.shape} and a label of shape "
             f"{label_shape}",
-            hint="a table with one class per case has mode 'row'",
+            hint="one class per case: mode 'image', and for a table mode 'row'",
         )
 
 
-def _pad_alike(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    size_i = max(label.shape[0] for _, label in pairs)
-    size_j = max(label.shape[1] for _, label in pairs)
+def _check_images(cases: Sequence[PreparedCase]) -> None:
+    for case in cases:
+        label_shape = np.shape(case.label_IJK) if case.label_IJK is not None else ()
+        if label_shape != () or case.image_CIJK.ndim != 4:
+            raise ConfigError(
+                f"mode 'image' needs images with one class each; case {case.case_id!r} "
+                f"has an image of shape {case.image_CIJK.shape} and a label of shape "
+                f"{label_shape}",
+                hint="a label per voxel: mode 'slice' or 'patch'; a table: mode 'row'",
+            )
+    if len({case.image_CIJK.shape[3] == 1 for case in cases}) > 1:
+        raise ConfigError(
+            "mode 'image': some images have one slice and others have several",
+            hint="set preprocess.size: [I, J, K]",
+        )
+
+
+def pad_alike(arrays: Sequence[Tensor], *, value: int | None = None) -> list[Tensor]:
+    """Pad behind each axis but the first of images until all have one size.
+
+    Args:
+        arrays: Images (C, I, J) or (C, I, J, K); with `value`, labels (I, J).
+        value: What to pad labels with; None: an image, with its border values.
+
+    Returns:
+        As many arrays, of the largest size along each axis.
+    """
+    spatial = slice(1 if value is None else 0, None)
+    sizes = [
+        max(axis) for axis in zip(*(a.shape[spatial] for a in arrays), strict=True)
+    ]
     pad = torch.nn.functional.pad
     padded = []
-    for image, label in pairs:
-        widths = (0, size_j - label.shape[1], 0, size_i - label.shape[0])
-        wide = pad(image[None], widths, mode="replicate")[0]
-        padded.append((wide, pad(label, widths, value=UNKNOWN_LABEL)))
+    for array in arrays:
+        missing = [n - m for n, m in zip(sizes, array.shape[spatial], strict=True)]
+        widths = [n for m in reversed(missing) for n in (0, m)]
+        if value is None:
+            padded.append(pad(array[None], widths, mode="replicate")[0])
+        else:
+            padded.append(pad(array, widths, value=value))
     return padded
 
 

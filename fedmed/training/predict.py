@@ -1,4 +1,4 @@
-"""Probabilities of every class in every voxel of a case, by slices or patches."""
+"""Probabilities of every class: in every voxel by slices or patches, or of a case."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fedmed.training.examples import (
     Mode,
     check_options,
     cut_patch,
+    read_image,
     read_row,
     read_slices,
 )
@@ -44,7 +45,7 @@ def predict_case(  # noqa: PLR0913 - each is one choice of a study
         model: Called as `model(images, site=site)`, on `device`.
         case: A prepared image or row; its label is not read.
         site: Whose normalisation is used, if the network has one per site.
-        mode: As the model was trained: "slice", "patch" or "row".
+        mode: As the model was trained: "slice", "patch", "image" or "row".
         num_slices: As the model was trained.
         batch_size: Slices or patches computed at a time.
         patch_size: (I, J, K), "patch" only.
@@ -53,7 +54,8 @@ def predict_case(  # noqa: PLR0913 - each is one choice of a study
         device: Where to send the images.
 
     Returns:
-        float32 (L, I, J, K), or (L,) for a row; adds up to 1 over the classes.
+        float32 (L, I, J, K), in modes "image" and "row" (L,); adds up to 1 over the
+        classes.
 
     Raises:
         ConfigError: If the options do not fit the mode.
@@ -69,6 +71,9 @@ def predict_case(  # noqa: PLR0913 - each is one choice of a study
         if mode == "row":
             row: np.ndarray = network(np.array(read_row(case)[0])[None])[0]
             return row
+        if mode == "image":
+            whole: np.ndarray = network(read_image(case.image_CIJK)[None])[0]
+            return whole
         if mode == "slice":
             return _by_slices(network, case.image_CIJK, num_slices, batch_size)
         windows = _Windows(tuple(patch_size or ()), overlap, blending)
