@@ -76,15 +76,14 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
     study, out = study_of(work, method), work / "run"
     chance = random.Random(f"instants {method}")
     deaths = 0
-    for _ in range(2):
+    while deaths < 2:
         started = fedmed.start("run", study, "--out", out, "--resume", "--no-report")
         started.until((out / "checkpoints").is_dir)
-        sleep(chance.uniform(0.0, 0.7))
+        sleep(chance.uniform(0.0, 0.3))  # some are too late on a fast machine
         started.send(signal.SIGKILL)
         deaths += started.wait().code == -signal.SIGKILL
     ended = fedmed("run", study, "--out", out, "--resume", "--no-report")
     assert ended.code == 0, ended.err
-    assert deaths
     assert line.hashes(out) == whole
 
 
