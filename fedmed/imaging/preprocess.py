@@ -182,7 +182,7 @@ def _known_label(case: Case, geometry: Geometry) -> np.ndarray | None:
     """Label on the network's grid; outside the region nothing is to be learned."""
     label_IJK = _on_grid(case.label, geometry, UNKNOWN_LABEL)
     region_IJK = _on_grid(case.region, geometry, 0)
-    if label_IJK is None or region_IJK is None:
+    if label_IJK is None or region_IJK is None or region_IJK.all():
         return label_IJK
     return np.where(region_IJK == 0, np.uint8(UNKNOWN_LABEL), label_IJK)
 
