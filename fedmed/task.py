@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from fedmed.errors import ConfigError
 from fedmed.losses.build import build_loss
 from fedmed.message import SiteId
 from fedmed.networks.build import build_network
+from fedmed.networks.foreign import load_class
 from fedmed.optimizer import OptimizerSpec
 from fedmed.strategy import Strategy
 from fedmed.study import Study
@@ -124,22 +126,20 @@ def _check_dimensions(study: Study, task: Task) -> None:
 def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
     """Build the study's network, equal in every process for equal studies.
 
-    `spatial_dims` follows from the mode and the task for our own networks, and for
-    MONAI's in mode "image".
+    `spatial_dims` follows from the mode and the task for our own networks, and in
+    mode "image" for those of MONAI that take it.
 
     Raises:
         ConfigError: If the model does not fit the task, or cannot be built.
     """
     check_fit(study, task)
     section = study.model
-    knows_dims = section.name in {"unet", "classifier"} or (
-        section.mode == "image" and section.name.startswith("monai:")
-    )
+    has_dims = _has_dims(section.name, section.mode)
 
     def build(**changes: Any) -> nn.Module:
         options = {**section.options, **changes}
         name = str(options.pop("name", section.name))
-        if knows_dims:
+        if has_dims:
             options.setdefault("spatial_dims", example_dims(study, task))
         return build_network(
             name,
@@ -151,6 +151,18 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
         )
 
     return strategy.network(build)
+
+
+def _has_dims(name: str, mode: str) -> bool:
+    if name in {"unet", "classifier"}:
+        return True
+    if mode != "image" or not name.startswith("monai:"):
+        return False
+    try:
+        network = load_class(f"monai.networks.nets:{name.removeprefix('monai:')}")
+    except ConfigError:
+        return False  # build_network says what is wrong with the name
+    return "spatial_dims" in inspect.signature(network).parameters
 
 
 def build_optimizer(study: Study) -> OptimizerSpec:
