@@ -400,7 +400,11 @@ def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
             hint="Go on with it with --resume, or choose another folder with --out.",
         )
     before = study_of_lock(folder.read_lock()).to_dict()
-    changed = differences(before, study.to_dict())
+    section = study.strategy
+    sync = load_strategy(section.name, section.options).sync
+    now = study.to_dict()
+    now["strategy"] = {**now["strategy"], "sync": sync}
+    changed = differences(before, now)
     if changed:
         raise ResumeError(
             f"{folder.path.name} holds a run of another study: "
@@ -452,7 +456,7 @@ def differences(
     found: list[str] = []
     for key in sorted({*before, *after}):
         path = f"{prefix}{key}"
-        if path in _FREE_TO_CHANGE or path == "strategy.sync":
+        if path in _FREE_TO_CHANGE:
             continue
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -31,7 +31,7 @@ from typing import Any
 from fedmed.case import CaseRef, DatasetCard, SiteCard, SourceSite
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.pairs import read_image_label
-from sites.folder import image_layout
+from sites.folder import first_layout
 from sites.listing import (
     OUTSIDE,
     as_site_id,
@@ -101,8 +101,8 @@ def card(root: Path | None = None, **options: Any) -> DatasetCard:
     """
     chosen = parse_options(BidsOptions, options)
     opened = open_sites(root, **options) if root else ()
-    firsts = [site.cases[0].files[0] for site in opened if site.cases]
-    channels, dims = image_layout(firsts[0]) if firsts else (1, 3)
+    firsts = [case.files[0] for site in opened for case in site.cases]
+    channels, dims = first_layout(firsts) if firsts else (1, 3)
     return DatasetCard(
         name="bids",
         title="A BIDS data set",

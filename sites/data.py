@@ -79,7 +79,7 @@ def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite
         found = tuple(s for s in found if s.site_id in section.include)
     if not found:
         raise DataError(f"data set {section.dataset!r} holds no site")
-    return card, found
+    return card, tuple(sorted(found, key=lambda site: site.site_id))
 
 
 def open_site(study: Study, site_id: SiteId, cache: Path) -> SiteData:

@@ -10,8 +10,9 @@ Units:
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,15 +103,7 @@ def card(root: Path | None = None, **options: Any) -> DatasetCard:
         The card.
     """
     chosen = parse_options(FolderOptions, options)
-    folders = _folders(root) if root else {}
-    channels, dims = next(
-        (
-            image_layout(path)
-            for folder in folders.values()
-            for path in list_images(folder / "images", root or folder).files.values()
-        ),
-        (1, 3),
-    )
+    channels, dims = (1, 3) if root is None else first_layout(_all_images(root))
     return DatasetCard(
         name="folder",
         title="One folder per site",
@@ -124,7 +117,7 @@ def card(root: Path | None = None, **options: Any) -> DatasetCard:
         labels=chosen.labels,
         num_channels=chosen.num_channels or channels,
         spatial_dims=chosen.spatial_dims or dims,
-        sites=tuple(folders),
+        sites=() if root is None else tuple(_folders(root)),
     )
 
 
@@ -191,6 +184,28 @@ def pair_files(
             problems[stem] = "no mask with this name"
     problems.update(dict.fromkeys(orphans - set(files), "mask without an image"))
     return Pairs(files, problems)
+
+
+def _all_images(root: Path) -> Iterator[Path]:
+    for folder in _folders(root).values():
+        yield from list_images(folder / "images", root).files.values()
+
+
+def first_layout(paths: Iterable[Path]) -> tuple[int, int]:
+    """Read the layout of the first image whose header can be read.
+
+    A damaged scan costs itself its place in the study, not the data set its card.
+
+    Args:
+        paths: Images in order.
+
+    Returns:
+        As `image_layout`; 1 channel and 3 dimensions if there is no readable image.
+    """
+    for path in paths:
+        with contextlib.suppress(DataError):
+            return image_layout(path)
+    return 1, 3
 
 
 def image_layout(path: Path) -> tuple[int, int]:

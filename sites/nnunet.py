@@ -44,7 +44,7 @@ from fedmed.imaging.pairs import read_image_label
 from fedmed.imaging.pictures import read_picture
 from fedmed.imaging.volume import Volume, read_volume
 from fedmed.seeds import numpy_rng
-from sites.folder import image_layout
+from sites.folder import first_layout
 from sites.listing import (
     Listing,
     as_site_id,
@@ -115,8 +115,7 @@ def card(root: Path | None = None, **options: Any) -> DatasetCard:
         said = _common_description(folders)
         opened = open_sites(root, **options)
         names = tuple(site.site_id for site in opened)
-        refs = [ref for site in opened for ref in site.cases[:1]]
-        dims = image_layout(refs[0].files[0])[1] if refs else 3
+        dims = first_layout(c.files[0] for site in opened for c in site.cases)[1]
     return DatasetCard(
         name="nnunet",
         title=said.name or "A raw nnU-Net data set",

@@ -24,7 +24,13 @@ import numpy as np
 from filelock import FileLock
 
 from fedmed.case import Case, CaseRef
-from fedmed.errors import CaseError, DataError, QuarantineBudgetError, StorageError
+from fedmed.errors import (
+    CaseError,
+    DataError,
+    FedMedError,
+    QuarantineBudgetError,
+    StorageError,
+)
 from fedmed.imaging.file_hashes import HASH_BYTES, FileHashes
 from fedmed.imaging.prepared_case import (
     PreparedCase,
@@ -185,6 +191,13 @@ def _read(ref: CaseRef) -> Case:
             f"case {ref.case_id}: a file cannot be read: "
             f"{error.strerror or 'input/output error'}"
         ) from None
+    except (FedMedError, MemoryError):
+        raise
+    except Exception as error:
+        # One case that a reader was not written for must not cost the site its study.
+        raise CaseError(
+            f"case {ref.case_id}: its reader raised {type(error).__name__}"
+        ) from None
 
 
 def _key(ref: CaseRef, preprocessing: Preprocessing, content: str) -> str:
@@ -315,7 +328,10 @@ def _duplicates(cases: Sequence[PreparedCase]) -> dict[str, str]:
 def _check_budget(reasons: Mapping[str, str], num_cases: int, budget: float) -> None:
     if len(reasons) <= budget * num_cases:
         return
-    shown = "; ".join(reasons[case_id] for case_id in sorted(reasons)[:_SHOWN_REASONS])
+    shown = "; ".join(
+        why if case_id in why else f"case {case_id}: {why}"
+        for case_id, why in sorted(reasons.items())[:_SHOWN_REASONS]
+    )
     raise QuarantineBudgetError(
         f"{len(reasons)} of {num_cases} cases cannot be used, allowed are "
         f"{budget:.0%}: {shown.replace(chr(10), ' ')}",

@@ -22,6 +22,10 @@ _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
+MAX_WIDTH = 4096
+"""Channels of the deepest level; more is a slip of the pen and fills the memory."""
+
+
 class UNet(nn.Module):
     r"""U-Net whose level l has `base_width * 2**l` channels.
 
@@ -212,3 +216,9 @@ def _check_sizes(*sizes: int) -> None:
         names = ("in_channels", "num_classes", "base_width", "levels")
         seen = ", ".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
         raise ConfigError(f"U-Net with {seen}; each must be at least 1")
+    widest = sizes[2] * 2 ** (sizes[3] - 1)
+    if widest > MAX_WIDTH:
+        raise ConfigError(
+            f"U-Net with base_width {sizes[2]} and levels {sizes[3]}: its deepest level "
+            f"would have {widest} channels, at most {MAX_WIDTH} make sense"
+        )

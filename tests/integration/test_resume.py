@@ -172,6 +172,14 @@ def test_resume_of_another_study_names_the_difference(fedmed, interrupted):
     assert line.hashes_of_all(out) == before
 
 
+def test_resume_in_the_other_mode_is_refused(fedmed, interrupted):
+    study, out = interrupted
+    told = fedmed(
+        "run", study, "strategy.sync=step", "--out", out, "--resume"
+    ).refused(6)
+    assert "strategy.sync: 'round' -> 'step'" in told
+
+
 def test_resume_may_change_what_changes_no_number(fedmed, interrupted, small):
     study, out = interrupted
     ended = fedmed(

@@ -442,6 +442,18 @@ def test_reader_that_leaks_a_path_is_scrubbed(
     }
 
 
+def test_reader_with_a_bug_costs_the_case_and_tells_no_text(
+    tmp_path: Path, cache: PreparedCache
+) -> None:
+    def buggy() -> Case:
+        raise KeyError("DOE_JANE")
+
+    refs = [make_ref(tmp_path, "c1", 1, read=buggy), make_ref(tmp_path, "c2", 2)]
+    prepared = prepare_cases(refs, PLAIN, cache, budget=1.0)
+    assert [case.case_id for case in prepared.cases] == ["c2"]
+    assert prepared.quarantined == {"c1": "case c1: its reader raised KeyError"}
+
+
 @pytest.mark.parametrize(
     ("budget", "passes"), [(0.0, False), (0.24, False), (0.25, True)]
 )

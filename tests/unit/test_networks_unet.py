@@ -145,3 +145,8 @@ def test_parts_can_be_called_by_themselves():
     decoded = model.decoder(features)
     assert decoded.shape == (1, 4, 8, 8)
     assert isinstance(model.head, nn.Conv2d)
+
+
+def test_a_network_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ConfigError, match="deepest level"):
+        UNet(1, 2, levels=20)

@@ -202,6 +202,13 @@ def test_damaged_files_are_quarantined_by_name(root):
         ref.read()
 
 
+def test_a_damaged_first_file_does_not_hide_the_others(root):
+    first = by_id(root)["alpha"].cases[0].files[0]
+    first.write_bytes(b"not a scan")
+    shown = folder.card(root, labels=folder.card().labels)
+    assert (shown.num_channels, shown.spatial_dims) == (1, 3)
+
+
 def test_an_impossible_affine_is_quarantined(root):
     ref = by_id(root)["alpha"].cases[1]
     image = nib.load(ref.files[0])
