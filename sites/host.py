@@ -145,9 +145,13 @@ class Host:
         self._store.discard_after(int(message.header.get("round", 0)))
         data = self._bench.data
         values = self._bench.card()
-        return Card(num_examples=self._bench.num_examples, values=values | {
-            "quarantined": dict(data.quarantined),
-        })
+        return Card(
+            num_examples=self._bench.num_examples,
+            values=values
+            | {
+                "quarantined": dict(data.quarantined),
+            },
+        )
 
     def _act(self, message: Message) -> Payload:
         action = self._action(message.kind)
@@ -205,4 +209,3 @@ def arguments(message: Message) -> dict[str, Any]:
         name, _, entry = path.partition("/")
         states[name][entry] = tensor
     return {**content, **states}
-

@@ -14,7 +14,7 @@ from fedmed.seeds import numpy_rng
 _nibabel: Any = nibabel  # its functions carry no types
 
 
-def write_nifti_case(  # noqa: PLR0913 (keyword-only after two)
+def write_nifti_case(
     image_path: Path,
     label_path: Path | None,
     *,

@@ -228,7 +228,7 @@ def _reader_name(read: Callable[..., Any]) -> str:
     return f"{read.__module__}:{getattr(read, '__qualname__', type(read).__name__)}"
 
 
-def prepare_cases(  # noqa: PLR0913 (keyword-only after three)
+def prepare_cases(
     refs: Sequence[CaseRef],
     preprocessing: Preprocessing,
     cache: PreparedCache,

@@ -17,7 +17,7 @@ VOLUME_SUFFIXES = (".nii", ".nii.gz")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def read_image_label(  # noqa: PLR0913 (keyword-only after three)
+def read_image_label(
     case_id: str,
     image_path: Path,
     label_path: Path | None,

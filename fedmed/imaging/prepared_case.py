@@ -68,31 +68,31 @@ class PreparedCase:
     geometry: Geometry | None
 
     @property
-    def image_CIJK(self) -> np.ndarray:  # noqa: N802 (shape suffix)
+    def image_CIJK(self) -> np.ndarray:
         """float32 (C, I, J, K); a table's row: (F,)."""
         image = self._array("image_CIJK")
         assert image is not None  # every entry has one
         return image
 
     @property
-    def label_IJK(self) -> np.ndarray | None:  # noqa: N802
+    def label_IJK(self) -> np.ndarray | None:
         """uint8 on the network's grid; classification: 0-d int64; or None."""
         if self.class_label is not None:
             return np.array(self.class_label, np.int64)
         return self._array("label_IJK")
 
     @property
-    def label_native_IJK(self) -> np.ndarray | None:  # noqa: N802
+    def label_native_IJK(self) -> np.ndarray | None:
         """uint8 on the scan's grid, or None."""
         return self._array("label_native_IJK")
 
     @property
-    def region_IJK(self) -> np.ndarray | None:  # noqa: N802
+    def region_IJK(self) -> np.ndarray | None:
         """uint8 on the network's grid, or None."""
         return self._array("region_IJK")
 
     @property
-    def region_native_IJK(self) -> np.ndarray | None:  # noqa: N802
+    def region_native_IJK(self) -> np.ndarray | None:
         """uint8 on the scan's grid, or None."""
         return self._array("region_native_IJK")
 

@@ -126,11 +126,11 @@ class Prepared:
     """
 
     case_id: str
-    image_CIJK: np.ndarray  # noqa: N815 (shape suffix)
-    label_IJK: np.ndarray | None  # noqa: N815
-    label_native_IJK: np.ndarray | None  # noqa: N815
-    region_IJK: np.ndarray | None  # noqa: N815
-    region_native_IJK: np.ndarray | None  # noqa: N815
+    image_CIJK: np.ndarray
+    label_IJK: np.ndarray | None
+    label_native_IJK: np.ndarray | None
+    region_IJK: np.ndarray | None
+    region_native_IJK: np.ndarray | None
     spacing_mm: tuple[float, ...]
     spacing_native_mm: tuple[float, ...]
     spacing_known: bool

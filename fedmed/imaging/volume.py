@@ -41,14 +41,14 @@ class Volume:
         spacing_known: False if `spacing_mm` and `affine` are only pixel units.
     """
 
-    array_CIJK: np.ndarray  # noqa: N815 (shape suffix)
+    array_CIJK: np.ndarray
     spacing_mm: tuple[float, float, float]
     affine: np.ndarray
     axis_codes: str
     spacing_known: bool = True
 
     @property
-    def shape_IJK(self) -> tuple[int, int, int]:  # noqa: N802 (shape suffix)
+    def shape_IJK(self) -> tuple[int, int, int]:
         """Grid size without channels."""
         _, i, j, k = self.array_CIJK.shape
         return i, j, k

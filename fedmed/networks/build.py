@@ -37,7 +37,7 @@ _Convolution = nn.modules.conv._ConvNd
 _Transposed = nn.modules.conv._ConvTransposeNd
 
 
-def build_network(  # noqa: PLR0913 - what a study says of a network
+def build_network(
     name: str,
     *,
     in_channels: int,

@@ -57,7 +57,7 @@ class UNet(nn.Module):
         torch.Size([2, 3, 13, 10])
     """
 
-    def __init__(  # noqa: PLR0913 - the size of a network is these numbers
+    def __init__(
         self,
         in_channels: int,
         num_classes: int,

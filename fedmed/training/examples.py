@@ -42,11 +42,11 @@ class PreparedCase(Protocol):
         """Unique in the site."""
 
     @property
-    def image_CIJK(self) -> np.ndarray:  # noqa: N802 (shape suffix)
+    def image_CIJK(self) -> np.ndarray:
         """Voxels of every channel, or a row."""
 
     @property
-    def label_IJK(self) -> np.ndarray | None:  # noqa: N802 (shape suffix)
+    def label_IJK(self) -> np.ndarray | None:
         """Label of every voxel, or one class."""
 
 
@@ -59,7 +59,7 @@ class PreparedRow(Protocol):
         """Unique in the site."""
 
     @property
-    def features_F(self) -> np.ndarray:  # noqa: N802 (shape suffix)
+    def features_F(self) -> np.ndarray:
         """Features, NaN = missing."""
 
     @property
@@ -105,7 +105,7 @@ class ExampleIndex:
         DataError: If there is no example.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one choice of a study
+    def __init__(
         self,
         cases: Sequence[PreparedCase | PreparedRow],
         mode: Mode,

@@ -24,7 +24,7 @@ from fedmed.training.examples import (
 Blending = Literal["gaussian", "uniform"]
 
 
-def predict_case(  # noqa: PLR0913 - each is one choice of a study
+def predict_case(
     model: nn.Module,
     case: Any,
     *,

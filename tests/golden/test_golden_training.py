@@ -50,8 +50,8 @@ def test_turning_and_zooming_is_scipys_affine_transform(shape):
 @dataclass
 class Scan:
     case_id: str
-    image_CIJK: np.ndarray  # noqa: N815
-    label_IJK: np.ndarray | None = None  # noqa: N815
+    image_CIJK: np.ndarray
+    label_IJK: np.ndarray | None = None
 
 
 class BrightestVoxel(nn.Module):

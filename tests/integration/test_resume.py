@@ -174,9 +174,9 @@ def test_resume_of_another_study_names_the_difference(fedmed, interrupted):
 
 def test_resume_in_the_other_mode_is_refused(fedmed, interrupted):
     study, out = interrupted
-    told = fedmed(
-        "run", study, "strategy.sync=step", "--out", out, "--resume"
-    ).refused(6)
+    told = fedmed("run", study, "strategy.sync=step", "--out", out, "--resume").refused(
+        6
+    )
     assert "strategy.sync: 'round' -> 'step'" in told
 
 

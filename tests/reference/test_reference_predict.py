@@ -29,8 +29,8 @@ def sliding_window_inference():
 @dataclass
 class Scan:
     case_id: str
-    image_CIJK: np.ndarray  # noqa: N815
-    label_IJK: np.ndarray | None = None  # noqa: N815
+    image_CIJK: np.ndarray
+    label_IJK: np.ndarray | None = None
 
 
 @pytest.mark.parametrize(

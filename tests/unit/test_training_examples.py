@@ -19,14 +19,14 @@ from fedmed.training.examples import (
 @dataclass
 class Scan:
     case_id: str
-    image_CIJK: np.ndarray  # noqa: N815
-    label_IJK: np.ndarray | None  # noqa: N815
+    image_CIJK: np.ndarray
+    label_IJK: np.ndarray | None
 
 
 @dataclass
 class Row:
     case_id: str
-    features_F: np.ndarray  # noqa: N815
+    features_F: np.ndarray
     label: int | None
 
 

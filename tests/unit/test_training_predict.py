@@ -21,8 +21,8 @@ from fedmed.training.predict import (
 @dataclass
 class Scan:
     case_id: str
-    image_CIJK: np.ndarray  # noqa: N815
-    label_IJK: np.ndarray | None = None  # noqa: N815
+    image_CIJK: np.ndarray
+    label_IJK: np.ndarray | None = None
 
 
 def scan(shape=(7, 6, 5), channels=2):
