@@ -74,14 +74,18 @@ def test_calibration_gives_the_first_layer_the_images_own_mean(cache):
     torch.testing.assert_close(layer.norm1.running_mean, expected)
 
 
-def test_rows_say_the_class_of_the_image_and_the_score_of_the_model(cache):
+@pytest.mark.parametrize("lean", [-3.0, 3.0])
+def test_rows_say_the_class_of_the_image_and_the_score_of_the_model(cache, lean):
     bench = make_bench(cache)
+    bias = torch.tensor([-lean, lean], dtype=torch.float64)
+    weights = {**bench.initial, "head.bias": bias}
     private = Private(states={"kept": {}})
     splits = ("train", "test")
-    rows = evaluate(bench, private, weights=bench.initial, splits=splits)
+    rows = evaluate(bench, private, weights=weights, splits=splits)
     cases = {(s, c.case_id): c for s in splits for c in bench.data.splits[s]}
     assert [(row["split"], row["case_id"]) for row in rows] == list(cases)
     assert {row["label"] for row in rows} == {0, 1}
+    assert {row["prediction"] for row in rows} == {int(lean > 0)}
     for row in rows:
         case = cases[row["split"], row["case_id"]]
         probabilities = predict_case(bench.model, case, mode="image")
