@@ -1,9 +1,9 @@
 """Every error that fedmed raises for a person to read.
 
     FedMedError                 exit code  1
-    ├── UsageError                         2   wrong option, wrong value on the command line
+    ├── UsageError                         2   wrong option or value on the command line
     │   └── ConfigError                    2   the study file is wrong
-    │       └── StateMismatchError         2   names or shapes of two model states differ
+    │       └── StateMismatchError         2   names or shapes of two states differ
     ├── DataError                          3   a scan, a label or a folder is wrong
     │   ├── CaseError                      3   one case is unusable: quarantined
     │   └── QuarantineBudgetError          3   too many cases are unusable
@@ -13,9 +13,9 @@
     ├── WireError                          5   bytes that are not a message of ours
     ├── StorageError                       6   disk full, folder read-only, file damaged
     │   ├── RunLockedError                 6   another process works on this run folder
-    │   └── ResumeError                    6   the run folder does not fit the study
+    │   └── ResumeError                    6   the folder does not fit the study
     ├── MissingDependencyError             7   an optional package is not installed
-    └── ShadowedPackageError               7   the three packages do not lie side by side
+    └── ShadowedPackageError               7   the packages do not lie side by side
 
 A message says what was seen, what was expected, where, and what to do. It never
 holds a patient's name or a path inside a hospital.

@@ -219,6 +219,6 @@ def _check_sizes(*sizes: int) -> None:
     widest = sizes[2] * 2 ** (sizes[3] - 1)
     if widest > MAX_WIDTH:
         raise ConfigError(
-            f"U-Net with base_width {sizes[2]} and levels {sizes[3]}: its deepest level "
-            f"would have {widest} channels, at most {MAX_WIDTH} make sense"
+            f"U-Net with base_width {sizes[2]} and levels {sizes[3]}: its deepest "
+            f"level would have {widest} channels, at most {MAX_WIDTH} make sense"
         )
