@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 export FLWR_TELEMETRY_ENABLED=0
 export FLWR_DISABLE_UPDATE_CHECK=1
 export RAY_USAGE_STATS_ENABLED=0
-JOBS ?= 2
+# Tests wait for other processes as much as they compute; four workers are plenty.
+JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
 help: ## Print the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,7 +28,7 @@ demo: $(STAMP) ## Compare four strategies on three phantom hospitals.
 	$(BIN)/fedmed compare studies/prostate_demo.yaml \
 	  --strategies separate,joint,fedavg,fedbn --out runs/demo
 
-test: $(STAMP) ## Run every test.
+test: check ## Check the code, then run every test.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(STAMP) ## Format, lint, types and import contracts.

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fedmed.transports.transport import HostSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 toy = importlib.import_module("toy_federation")
+TEST = "FEDMED_TEST"
 pytestmark = pytest.mark.timeout(180)
 
 SITES: tuple[str, ...] = toy.sites(2)
@@ -46,11 +48,18 @@ def reference(rounds: int) -> State:
         return result
 
 
+@pytest.fixture(autouse=True)
+def _own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell this test's processes from those of tests that run beside it."""
+    monkeypatch.setenv(TEST, secrets.token_hex(8))
+
+
 def marked() -> list[psutil.Process]:
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if MARK in process.environ():
+            found = process.environ()
+            if MARK in found and found.get(TEST) == os.environ[TEST]:
                 left.append(process)
     return left
 
