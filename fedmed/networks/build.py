@@ -1,7 +1,7 @@
 """Build a network from the words of a study, with weights that depend on the seed only.
 
-A name is a file of this folder (`unet`, `classifier`, `mlp`), a MONAI network (`monai:UNETR`) or a class
-anywhere (`package.module:Class`).
+A name is a file of this folder (`unet`, `classifier`, `mlp`), a MONAI network
+(`monai:UNETR`) or a class anywhere (`package.module:Class`).
 """
 
 from __future__ import annotations
