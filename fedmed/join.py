@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from fedmed.strategy import POOLED_SITE, Member
 from fedmed.study import Study
 from fedmed.task import Task
 from fedmed.transports.transport import Transport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def join(
     }
     real = {site: card for site, card in cards.items() if site != POOLED_SITE}
     _refuse_duplicates(real)
+    _warn_of_cut_organs(real)
     trains = (POOLED_SITE,) if POOLED_SITE in cards else _training_sites(study, real)
     members = tuple(
         Member(site, cards[site].num_examples, cards[site].values.get("card", {}))
@@ -72,6 +76,19 @@ def join(
         tuple(sorted(real)),
         {site: _facts(card) for site, card in sorted(real.items())},
     )
+
+
+def _warn_of_cut_organs(cards: Mapping[SiteId, Card]) -> None:
+    for site, card in sorted(cards.items()):
+        if number := card.values.get("num_cut", 0):
+            logger.error(
+                "site %s: preprocess.size cuts off up to %.0f %% of the labelled "
+                "organs in %d case(s), which no network can find; enlarge it, or move "
+                "it with preprocess.crop",
+                site,
+                100 * card.values["largest_cut"],
+                number,
+            )
 
 
 def _training_sites(study: Study, cards: Mapping[SiteId, Card]) -> tuple[SiteId, ...]:
@@ -121,6 +138,8 @@ def _digest(fingerprints: Iterable[str]) -> str:
 def _facts(card: Card) -> dict[str, Any]:
     counts = card.values.get("num_cases", {})
     return {
+        "num_cut": card.values.get("num_cut", 0),
+        "largest_cut": card.values.get("largest_cut", 0.0),
         "num_cases": sum(counts.values()),
         **{f"num_{name}": count for name, count in counts.items()},
         "num_examples": card.num_examples,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fedmed import seeds
+from fedmed.imaging.preprocess import cut_fraction
 from fedmed.message import Message, SiteId, State
 from fedmed.partition import StatePartition
 from fedmed.resolve import load_strategy
@@ -24,6 +25,9 @@ from fedmed.training.augment import Augmentation
 from fedmed.training.examples import Batch, ExampleIndex
 from fedmed.training.trainer import Trainer
 from sites.data import SiteData, divided_by_slices, list_sites, open_site, prepare_site
+
+CUT_LIMIT = 0.05
+"""Share of an organ outside the network's window that is worth a warning."""
 
 
 class Workbench:
@@ -182,6 +186,18 @@ class Workbench:
         text = f"{self.study.name}\x1f{self.study.seed}\x1f{fingerprint}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    @functools.cached_property
+    def _cut_shares(self) -> list[float]:
+        """Share of each case's labelled organs outside the network's window."""
+        if self.study.model.mode in {"row", "image"}:
+            return []
+        shares: dict[str, float] = {}
+        for case in (c for cases in self.data.splits.values() for c in cases):
+            shares[case.case_id] = max(
+                cut_fraction(case), shares.get(case.case_id, 0.0)
+            )
+        return list(shares.values())
+
     def card(self) -> dict[str, Any]:
         """What the site says about itself when it joins."""
         source = self.data.source.card
@@ -193,6 +209,8 @@ class Workbench:
                 "facts": dict(source.facts),
             },
             "num_cases": self.data.num_cases,
+            "num_cut": sum(share > CUT_LIMIT for share in self._cut_shares),
+            "largest_cut": round(max(self._cut_shares, default=0.0), 2),
             "fingerprints": sorted(map(self._salted, self.data.fingerprints.values())),
         }
 

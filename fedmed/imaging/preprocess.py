@@ -106,6 +106,26 @@ class HasGeometry(Protocol):
         """None for a table's row."""
 
 
+class HasLabels(HasGeometry, Protocol):
+    """What `cut_fraction` reads of a prepared case."""
+
+    @property
+    def label_IJK(self) -> np.ndarray | None:
+        """On the network's grid."""
+
+    @property
+    def label_native_IJK(self) -> np.ndarray | None:
+        """On the scan's grid."""
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Of the network's grid."""
+
+    @property
+    def spacing_native_mm(self) -> tuple[float, ...]:
+        """Of the scan."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A case on the network's grid, with what evaluation on the scan's grid needs.
@@ -219,6 +239,37 @@ def restore(probabilities_LIJK: np.ndarray, prepared: HasGeometry) -> np.ndarray
         winner[share > best] = label
         best = np.maximum(best, share)
     return winner
+
+
+def cut_fraction(case: HasLabels) -> float:
+    """Fraction of the labelled organs that lies outside the network's window.
+
+    A centre crop of a scan whose organ is not in its centre trains on half an organ
+    and can never find the other half.
+
+    Args:
+        case: A prepared case.
+
+    Returns:
+        In [0, 1]; 0 without a label, and where nothing is cropped. Resampling alone
+        moves it by a few hundredths.
+    """
+    geometry = case.geometry
+    label, native = case.label_IJK, case.label_native_IJK
+    if geometry is None or label is None or native is None:
+        return 0.0
+    cropped = any(
+        g > s for g, s in zip(geometry.grid_shape, geometry.shape, strict=True)
+    )
+    before = _organ_volume(native, case.spacing_native_mm)
+    if not cropped or before == 0:
+        return 0.0
+    return max(0.0, 1 - _organ_volume(label, case.spacing_mm) / before)
+
+
+def _organ_volume(label_IJK: np.ndarray, spacing_mm: tuple[float, ...]) -> float:
+    organ = (label_IJK != 0) & (label_IJK != UNKNOWN_LABEL)
+    return float(np.count_nonzero(organ) * np.prod(spacing_mm))
 
 
 def _to_native(channel_IJK: np.ndarray, geometry: Geometry, fill: float) -> np.ndarray:

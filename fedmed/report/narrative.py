@@ -181,3 +181,21 @@ def _against(
     if seeds and min(seeds) * max(seeds) <= 0:
         return [f"{start}, but not with every seed, so it should not be relied on."]
     return [f"{start}, which is unlikely to be chance (p < 0.05 after correction)."]
+
+
+def cut_sites(comparison: Comparison) -> str:
+    """Name the sites where the network's window cut off part of an organ.
+
+    Returns:
+        E.g. "site chum (up to 70 %)"; empty if there is none.
+    """
+    largest: dict[str, float] = {}
+    for entry in comparison.entries:
+        for site, facts in (entry.run.study.get("data") or {}).items():
+            if facts and facts.get("num_cut"):
+                cut = float(facts.get("largest_cut", 0.0))
+                largest[str(site)] = max(cut, largest.get(str(site), 0.0))
+    named = [
+        f"site {s} (up to {100 * cut:.0f} %)" for s, cut in sorted(largest.items())
+    ]
+    return listing(named)

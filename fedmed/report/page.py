@@ -80,6 +80,7 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
     return {
         "name": comparison.title,
         "same_patients": comparison.divides_slices,
+        "cut_sites": narrative.cut_sites(comparison),
         "table": table,
         "studied": narrative.what_was_studied(comparison, table),
         "outcome": narrative.what_came_out(table, overall, reference),

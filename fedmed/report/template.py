@@ -102,6 +102,10 @@ missed count all seeds.</p>
 both
 training and test. These values are no evidence for new patients.</strong></p>
 {% endif %}
+{% if cut_sites %}
+<p class="note"><strong>The network saw only a window of each scan, and at
+{{ cut_sites }} it cut off part of the organ: that part counts as missed.</strong></p>
+{% endif %}
 {% for note in table.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 </section>

@@ -8,7 +8,13 @@ from scipy import ndimage
 
 from fedmed.case import UNKNOWN_LABEL, Case
 from fedmed.errors import CaseError, ConfigError, FedMedError
-from fedmed.imaging.preprocess import Prepared, Preprocessing, prepare, restore
+from fedmed.imaging.preprocess import (
+    Prepared,
+    Preprocessing,
+    cut_fraction,
+    prepare,
+    restore,
+)
 from fedmed.imaging.resample import resample_labels, resample_linear
 
 
@@ -343,3 +349,21 @@ def test_outside_the_region_nothing_is_to_be_learned() -> None:
     assert prepared.label_IJK is not None
     assert np.all(prepared.label_IJK[:4] == UNKNOWN_LABEL)
     assert np.all(prepared.label_IJK[4:] == 1)
+
+
+@pytest.mark.parametrize(
+    ("corner", "size", "expected"),
+    [
+        ((6, 6), (8, 8), 0.0),
+        ((0, 6), (8, 8), 1.0),
+        ((2, 6), (8, 8), 0.5),
+        ((0, 0), None, 0),
+    ],
+)
+def test_an_organ_outside_the_window_is_seen(corner, size, expected) -> None:
+    label = np.zeros((16, 16, 2), np.uint8)
+    i, j = corner
+    label[i : i + 4, j : j + 4] = 1
+    case = Case("a", np.ones((1, 16, 16, 2), np.float32), label, (1.0, 1.0, 3.0))
+    prepared = prepare(case, Preprocessing(size=size, intensity="none"))
+    assert cut_fraction(prepared) == pytest.approx(expected)
