@@ -177,6 +177,8 @@ def _write_overlay(
     """Draw the slice with most of the truth, on the network's grid."""
     case, label = material["case"], material["case"].label_IJK
     truth = np.where(label == UNKNOWN_LABEL, 0, label)
+    # Where nobody drew, a prediction is neither right nor wrong: it is not shown.
+    prediction = np.where(label == UNKNOWN_LABEL, 0, material["prediction"])
     drawn = np.count_nonzero(truth, axis=(0, 1))
     index = int(np.argmax(drawn))
     image = np.asarray(case.image_CIJK[..., index], dtype=np.float32)
@@ -192,6 +194,6 @@ def _write_overlay(
         folder / f"{rank}-{case.case_id}.npz",
         image=image.mean(axis=0),
         truth=truth[:, :, index].astype(np.uint8),
-        prediction=material["prediction"][:, :, index].astype(np.uint8),
+        prediction=prediction[:, :, index].astype(np.uint8),
         facts=np.array(json.dumps(facts)),
     )
