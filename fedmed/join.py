@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +128,6 @@ def _refuse_duplicates(cards: Mapping[SiteId, Card]) -> None:
         )
 
 
-def _digest(fingerprints: Iterable[str]) -> str:
-    """One fingerprint for all of a site's images, in any order."""
-    text = "\n".join(sorted(fingerprints))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 def _facts(card: Card) -> dict[str, Any]:
     counts = card.values.get("num_cases", {})
     return {
@@ -145,5 +138,5 @@ def _facts(card: Card) -> dict[str, Any]:
         "num_examples": card.num_examples,
         "card": card.values.get("card", {}),
         "quarantined": card.values.get("quarantined", {}),
-        "fingerprint": _digest(card.values.get("fingerprints", ())),
+        "fingerprint": card.values.get("data_fingerprint", ""),
     }

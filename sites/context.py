@@ -181,6 +181,15 @@ class Workbench:
         self.model.load_state_dict(state)
         return self.model
 
+    def _data_fingerprint(self) -> str:
+        """One hash of all images and labels, and of who is in which split."""
+        lines = [
+            f"{split}/{case.case_id}/{case.content}"
+            for split, cases in self.data.splits.items()
+            for case in cases
+        ]
+        return self._salted("\n".join(sorted(lines)))
+
     def _salted(self, fingerprint: str) -> str:
         """Hash that only sites of the same study can compare."""
         text = f"{self.study.name}\x1f{self.study.seed}\x1f{fingerprint}"
@@ -211,6 +220,7 @@ class Workbench:
             "num_cases": self.data.num_cases,
             "num_cut": sum(share > CUT_LIMIT for share in self._cut_shares),
             "largest_cut": round(max(self._cut_shares, default=0.0), 2),
+            "data_fingerprint": self._data_fingerprint(),
             "fingerprints": sorted(map(self._salted, self.data.fingerprints.values())),
         }
 

@@ -195,7 +195,7 @@ def test_resume_on_other_images_is_refused(fedmed, interrupted):
     lock["data"]["b"]["fingerprint"] = "0" * 32
     RunFolder(out).write_lock(lock)
     told = fedmed("run", study, "--out", out, "--resume").refused(6)
-    assert "images of b are not those" in told
+    assert "images, labels or splits of b are not those" in told
 
 
 def test_finished_run_may_be_resumed(fedmed, work, small):
