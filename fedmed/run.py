@@ -424,7 +424,8 @@ def _refuse_changed_data(folder: RunFolder, joined: Joined) -> None:
     ]
     if changed:
         raise ResumeError(
-            f"the images of {', '.join(changed)} are not those that the run began with",
+            f"the images, labels or splits of {', '.join(changed)} are not those that "
+            "the run began with",
             hint="Put the data back as they were, or start a new run with --out.",
         )
 
