@@ -380,7 +380,12 @@ def _finish(
         "strategy": study.strategy.name,
         "seed": study.seed,
         "rounds": server.round,
-        **summarise(folder.cases_file, joined.task.kind, rounds=server.round),
+        **summarise(
+            folder.cases_file,
+            joined.task.kind,
+            rounds=server.round,
+            held_out=study.split.held_out,
+        ),
     }
     folder.write_summary(summary)
     return RunResult(folder.path, summary)

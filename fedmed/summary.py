@@ -23,12 +23,23 @@ def score_rows(kind: str, rows: Sequence[Row]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def summarise(cases_file: Path, kind: str, *, rounds: int) -> dict[str, Any]:
+def summarise(
+    cases_file: Path, kind: str, *, rounds: int, held_out: Sequence[str] = ()
+) -> dict[str, Any]:
     """Summarise the last round's test rows; without any, its validation rows.
 
+    Args:
+        cases_file: As the engine wrote it.
+        kind: "segmentation" or "classification".
+        rounds: Number of the last round.
+        held_out: Sites that took no part in training. They answer another question,
+            so they are averaged apart, unless there is no other site.
+
     Returns:
-        "split", "sites" (one mapping each), "overall" (unweighted mean over sites) and
-        "worst_site".
+        "split", "metric", "sites" (one mapping each, held-out ones too), "overall"
+        (unweighted mean over the sites that trained), "worst_site" (of these), and
+        "held_out": "sites", "overall" and "worst_site" of the sites held out, None
+        if there is none.
     """
     rows = _last_rows(cases_file, rounds)
     tested = [row for row in rows if row["split"] == "test"]
@@ -40,11 +51,20 @@ def summarise(cases_file: Path, kind: str, *, rounds: int) -> dict[str, Any]:
     describe = _classified if kind == "classification" else _segmented
     sites = {site: describe(by_site[site]) for site in sorted(by_site)}
     main = "balanced_accuracy" if kind == "classification" else "dice"
-    known = {s: v for s, v in sites.items() if np.isfinite(v[main])}
+    unseen = {site: row for site, row in sites.items() if site in held_out}
+    trained = {site: row for site, row in sites.items() if site not in unseen}
     return {
         "split": split,
         "metric": main,
         "sites": sites,
+        **_together(trained or sites, main),
+        "held_out": {"sites": unseen, **_together(unseen, main)} if unseen else None,
+    }
+
+
+def _together(sites: Mapping[str, Mapping[str, float]], main: str) -> dict[str, Any]:
+    known = {site: row for site, row in sites.items() if np.isfinite(row[main])}
+    return {
         "overall": _overall(known),
         "worst_site": min(known, key=lambda s: known[s][main]) if known else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
@@ -165,6 +166,7 @@ def json_record(result: RunResult, page: Path | None) -> dict[str, Any]:
         "metrics": summary["sites"],
         "overall": summary["overall"],
         "worst_site": summary["worst_site"],
+        "held_out": summary["held_out"],
         "report": None if page is None else str(page),
     }
 
@@ -181,7 +183,14 @@ def _print_summary(result: RunResult, page: Path | None) -> None:
         )
         typer.echo(f"run folder: {result.folder}")
         return
-    rows = {**summary["sites"], "overall": summary["overall"]}
+    unseen = (summary["held_out"] or {"sites": {}})["sites"]
+    rows = {
+        f"{site} (held out)" if site in unseen else site: values
+        for site, values in summary["sites"].items()
+    }
+    rows["overall"] = summary["overall"]
+    if unseen and len(unseen) < len(summary["sites"]):
+        rows["overall (held out)"] = summary["held_out"]["overall"]
     names = [
         name
         for name in (
@@ -199,7 +208,7 @@ def _print_summary(result: RunResult, page: Path | None) -> None:
     for name in names:
         table.add_column(name, justify="right")
     for site, values in rows.items():
-        table.add_row(site, *(f"{values[name]:.3f}" for name in names))
+        table.add_row(site, *(f"{values.get(name, math.nan):.3f}" for name in names))
     console = Console()
     console.print(table)
     console.print(f"run folder: {result.folder}", soft_wrap=True)

@@ -71,7 +71,7 @@ class Row:
         overall: Unweighted mean over `overall_sites`.
         overall_sites: The sites averaged. Held-out sites are left out of the mean
             where other sites were trained on, since the two answer other questions.
-        worst_site: Site with the lowest mean, of all cells.
+        worst_site: Site with the lowest mean, of `overall_sites`.
     """
 
     label: str
@@ -184,7 +184,7 @@ def _row(entries: Sequence[Entry]) -> Row:
     cells = {site: _merge_seeds(by_site[site]) for site in sorted(by_site)}
     trained = tuple(site for site, cell in cells.items() if not cell.is_unseen)
     averaged = trained or tuple(cells)
-    scored = [site for site, cell in cells.items() if math.isfinite(cell.mean)]
+    scored = [site for site in averaged if math.isfinite(cells[site].mean)]
     return Row(
         row_label(entries[0]),
         entries[0].strategy,

@@ -157,6 +157,19 @@ def test_run_as_json_prints_one_line(fedmed, work):
     assert "fedbn" in shown.out
 
 
+def test_held_out_sites_are_shown_apart(fedmed, work):
+    study = line.write_study(work, rounds=1, split={"held_out": ["b"]})
+    record = fedmed("run", study, "--out", work / "run", "--no-report", "--json").record
+    sites = record["metrics"]
+    expected = (sites["a"]["dice"] + sites["c"]["dice"]) / 2
+    assert record["overall"]["dice"] == pytest.approx(expected)
+    assert record["worst_site"] in {"a", "c"}
+    assert record["held_out"]["sites"] == {"b": sites["b"]}
+    shown = fedmed("run", study, "--out", work / "run", "--resume", "--no-report")
+    assert "b (held out)" in shown.out
+    assert "overall (held out)" in shown.out
+
+
 def test_overrides_and_transport_of_the_command_line(fedmed, work):
     study, out = line.write_study(work), work / "run"
     ended = fedmed(
