@@ -36,7 +36,7 @@ from fedmed.runfolder import (
 )
 from fedmed.storage import RunLock, remove_leftovers, write_atomic, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
-from fedmed.study import Study, study_from_dict
+from fedmed.study import Study, expand, study_from_dict
 from fedmed.summary import score_rows, summarise
 from fedmed.task import Task, build_model, build_optimizer, resolve_device
 from fedmed.transports.transport import HostSpec, Transport
@@ -286,14 +286,16 @@ def check_choices(study: Study) -> None:
     """Refuse at once what every site would refuse later.
 
     Raises:
-        ConfigError: If a loss, a device, an augmentation or a preparation that the
-            study names does not exist, or a value is impossible.
+        ConfigError: If a loss, a device, an augmentation, a preparation or a file that
+            the study names does not exist, or a value is impossible.
     """
-    from fedmed.losses.build import build_loss
     from fedmed.training.augment import Augmentation
 
-    build_loss(study.train.loss, **study.train.loss_options)
+    _check_loss(study)
     _check_device(study)
+    _check_norm(study)
+    if study.transport.name != "deployment":
+        _check_files(study)
     # The server half of a strategy reaches this function and may never open a scan.
     importlib.import_module("sites.data").preprocessing_of(study)
     known = [field.name for field in dataclasses.fields(Augmentation)]
@@ -303,6 +305,50 @@ def check_choices(study: Study) -> None:
             asked = f", did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown key 'train.augmentation.{name}'{asked}")
     Augmentation(**study.train.augmentation)
+
+
+def _check_loss(study: Study) -> None:
+    """Try the loss on two pixels: wrong options show only when it is computed."""
+    from fedmed.losses.build import build_loss
+
+    options = study.train.loss_options
+    loss = build_loss(study.train.loss, **options)
+    try:
+        num_classes = len(options.get("class_weights") or (0, 0))
+        value = loss(torch.zeros(1, num_classes, 2), torch.zeros(1, 2, dtype=torch.int))
+        if not torch.isfinite(value):
+            raise ValueError(f"the loss of two pixels is {value.item()}")
+    except Exception as error:
+        told = error.message if isinstance(error, FedMedError) else str(error)
+        raise ConfigError(
+            f"train.loss_options {dict(options)} do not fit the loss "
+            f"{study.train.loss!r}: {told.partition(chr(10))[0]}"
+        ) from error
+
+
+def _check_norm(study: Study) -> None:
+    options = study.model.options
+    if options.get("norm") == "batch_per_site" and not options.get("site_ids"):
+        raise ConfigError(
+            "model.norm is batch_per_site, which needs the names of the sites in "
+            "model.site_ids",
+            hint="One set of normalisation per site is what fedbn does: set "
+            "model.norm: batch and strategy.name: fedbn.",
+        )
+
+
+def _check_files(study: Study) -> None:
+    """Look for the files that a simulation's sites will read on this machine."""
+    files = {"split.file": study.split.file, "sites.policy": study.sites.policy}
+    for key, file in files.items():
+        if file and not expand(file).is_file():
+            raise ConfigError(
+                f"{key}: there is no file {file!r}",
+                hint="A relative path starts at the folder where fedmed is called.",
+            )
+    if study.sites.policy:
+        policies = importlib.import_module("sites.policy")
+        policies.load_policy(expand(study.sites.policy))
 
 
 def _check_device(study: Study) -> None:
@@ -385,6 +431,7 @@ def _finish(
             joined.task.kind,
             rounds=server.round,
             held_out=study.split.held_out,
+            records=folder.read_rounds(),
         ),
     }
     folder.write_summary(summary)

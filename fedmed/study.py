@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -24,6 +24,9 @@ from pydantic import (
 )
 
 from fedmed.errors import ConfigError
+
+LOCK_ONLY = ("held_out", "task", "data", "versions")
+"""Keys that a run's study.lock.yaml holds beside the study."""
 
 MAX_TOLD = 5
 """Problems of a study that one message lists."""
@@ -127,6 +130,13 @@ class ModelSection(OpenSection):
     patches_per_case: int = Field(1, ge=1)
     foreground_fraction: float = Field(0.0, ge=0, le=1)
 
+    @field_validator("slices")
+    @classmethod
+    def _has_a_middle(cls, slices: int) -> int:
+        if slices % 2 == 0:
+            raise ValueError("must be odd: the middle slice is the one to segment")
+        return slices
+
     @model_validator(mode="after")
     def _patches_have_a_size(self) -> ModelSection:
         if self.mode == "patch" and self.patch_size is None:
@@ -134,14 +144,20 @@ class ModelSection(OpenSection):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""How much of a running mean is kept in a step."""
+
+
 class OptimizerSection(Section):
     """See `fedmed.optimizer.OptimizerSpec`."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(1e-2, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
 
 
@@ -175,6 +191,11 @@ class TrainSection(Section):
     augmentation: Mapping[str, Any] = Field(default_factory=dict)
     threads: int = Field(1, ge=1)
     device: str = "cpu"
+
+    @field_validator("loss_options", "augmentation")
+    @classmethod
+    def _numbers(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: _number(value) for name, value in options.items()}
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
@@ -278,6 +299,8 @@ def study_from_dict(content: Mapping[str, Any], *, where: str = "the study") -> 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file and apply `key=value` overrides.
 
+    The study.lock.yaml of a run is a study file too, and describes the same run.
+
     Raises:
         ConfigError: If the file is missing, is no YAML mapping, or does not check.
     """
@@ -300,7 +323,9 @@ def apply_overrides(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+    """Read a YAML mapping; of a run's lock file, the study in it.
+
+    Its `split.held_out` and `strategy.sync` stand, for all legs of a comparison too.
 
     Raises:
         ConfigError: If it is missing or is no mapping.
@@ -319,7 +344,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name} is not valid YAML{place}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name} must hold a mapping of keys to values")
-    return content
+    return _study_in_lock(content) if "versions" in content else content
+
+
+def _study_in_lock(lock: Mapping[str, Any]) -> dict[str, Any]:
+    study = {key: value for key, value in lock.items() if key not in LOCK_ONLY}
+    split = study.get("split")
+    if isinstance(split, dict) and split.get("seed", 0) is None:
+        # Left out, so that `compare` may divide the cases of all seeds alike.
+        study["split"] = {key: split[key] for key in split if key != "seed"}
+    return study
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -343,7 +377,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 def _scalar(text: str) -> Any:
     """YAML value; 1e-3 is a number here, as everybody means it."""
-    value = yaml.safe_load(text)
+    return _number(yaml.safe_load(text))
+
+
+def _number(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(value)

@@ -38,7 +38,8 @@ class Augmentation:
         noise_std: Largest standard deviation of white noise, in units of the image.
 
     Raises:
-        ConfigError: If a number is negative or not finite, or an axis is unknown.
+        ConfigError: If a number is no number, negative or not finite, or an axis is
+            unknown.
     """
 
     flip_axes: str = ""
@@ -51,13 +52,15 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("rotate_deg", "scale", "gamma", "brightness", "noise_std"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ConfigError(
-                    f"augmentation {name} is {value}; expected a number of at least 0"
+                    f"train.augmentation.{name} is {value!r}; "
+                    "expected a number of at least 0"
                 )
-        if not set(self.flip_axes) <= set(AXES):
+        axes = self.flip_axes
+        if not (isinstance(axes, str) and set(axes) <= set(AXES)):
             raise ConfigError(
-                f"augmentation flip_axes is {self.flip_axes!r}; expected some of 'IJK'"
+                f"train.augmentation.flip_axes is {axes!r}; expected some of 'IJK'"
             )
 
     @classmethod
@@ -76,6 +79,11 @@ class Augmentation:
                     hint=f"nearest is {near!r}; known are {', '.join(known)}",
                 )
         return cls(**options)
+
+
+def _is_number(value: object) -> bool:
+    """Tell numbers from what else YAML may hold; yes and no are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def augment(

@@ -83,6 +83,47 @@ WRONG_STUDIES = {
         {"train": {"augmentation": {"flips": True}}},
         ["train.augmentation.flips"],
     ),
+    "augmentation_list": (
+        {"train": {"augmentation": {"gamma": [0.8, 1.2]}}},
+        ["train.augmentation.gamma", "[0.8, 1.2]", "number"],
+    ),
+    "augmentation_text": (
+        {"train": {"augmentation": {"rotate_deg": "abc"}}},
+        ["train.augmentation.rotate_deg", "'abc'", "number"],
+    ),
+    "flip_axes": (
+        {"train": {"augmentation": {"flip_axes": 1}}},
+        ["train.augmentation.flip_axes", "1", "IJK"],
+    ),
+    "betas": (
+        {"train": {"optimizer": {"name": "adam", "betas": [1.5, 0.9]}}},
+        ["train.optimizer.betas", "less than 1", "1.5"],
+    ),
+    "lr": (
+        {"train": {"optimizer": {"lr": float("inf")}}},
+        ["train.optimizer.lr", "finite"],
+    ),
+    "slices": ({"model": {"slices": 2}}, ["model.slices", "odd", "2"]),
+    "split_file": (
+        {"split": {"file": "nowhere.csv"}},
+        ["split.file", "'nowhere.csv'"],
+    ),
+    "policy": (
+        {"sites": {**line.TINY["sites"], "policy": "nowhere.yaml"}},
+        ["sites.policy", "'nowhere.yaml'"],
+    ),
+    "class_weights": (
+        {"train": {"loss_options": {"class_weights": "abc"}}},
+        ["train.loss_options", "abc", "dice_linear+cross_entropy"],
+    ),
+    "smooth_numerator": (
+        {"train": {"loss_options": {"smooth_numerator": "abc"}}},
+        ["train.loss_options", "smooth_numerator", "abc"],
+    ),
+    "norm_per_site": (
+        {"model": {**line.TINY["model"], "norm": "batch_per_site"}},
+        ["model.norm", "model.site_ids", "model.norm: batch", "fedbn"],
+    ),
     "device": ({"train": {"device": "gpu0"}}, ["train.device", "gpu0", "cuda"]),
     "window": ({"preprocess": {"intensity": "window"}}, ["window", "(low, high)"]),
     "size": ({"preprocess": {"size": [0, 0]}}, ["size", "(0, 0)"]),

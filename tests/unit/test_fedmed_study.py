@@ -40,6 +40,14 @@ def test_an_unknown_key_names_the_nearest(change, told):
         ({"split": {"train": 0.9}}, r"split: train \+ validation \+ test must be 1"),
         ({"train": {"local_steps": 1, "local_epochs": 1}}, "not both"),
         ({"train": {"optimizer": {"lr": -1}}}, r"train\.optimizer\.lr.*seen: -1"),
+        ({"train": {"optimizer": {"lr": float("inf")}}}, r"optimizer\.lr: .*finite"),
+        ({"train": {"optimizer": {"lr": float("nan")}}}, r"optimizer\.lr: .*finite"),
+        (
+            {"train": {"optimizer": {"betas": [1.5, 0.9]}}},
+            r"train\.optimizer\.betas\.0.*less than 1 \(seen: 1\.5\)",
+        ),
+        ({"train": {"optimizer": {"betas": [0.9, 1]}}}, r"optimizer\.betas\.1"),
+        ({"model": {"slices": 2}}, r"model\.slices: must be odd.*\(seen: 2\)"),
         ({"train": {"precision": "half"}}, r"precision.*float64.*'half'"),
         ({"sites": {}}, "key 'sites.dataset' is missing"),
         ({"tolerance": {"quorum": 0}}, r"tolerance\.quorum"),
@@ -131,6 +139,34 @@ def test_a_study_survives_the_lock_file():
     assert again == study
     assert differences(study.to_dict(), again.to_dict()) == []
     assert again.train.optimizer.lr == 0.1 + 0.2
+
+
+def test_a_lock_file_is_a_study_file(tmp_path):
+    study = study_from_dict({**SMALL, "strategy": {"name": "fedavg", "sync": "round"}})
+    added = {"held_out": ["a"], "task": {}, "data": {}, "versions": {"fedmed": "0"}}
+    path = tmp_path / "study.lock.yaml"
+    path.write_text(yaml.safe_dump(study.to_dict() | added))
+    assert load_study(path) == study
+    assert load_study(path, ["rounds=3"]).rounds == 3
+    assert "seed" not in read_yaml(path)["split"]
+    path.write_text(yaml.safe_dump({**study.to_dict(), **added, "rouds": 3}))
+    with pytest.raises(ConfigError, match="unknown key 'rouds'"):
+        load_study(path)
+    path.write_text(yaml.safe_dump({**study.to_dict(), "held_out": ["a"]}))
+    with pytest.raises(ConfigError, match="unknown key 'held_out'"):
+        load_study(path)
+
+
+def test_small_numbers_are_numbers_in_free_options_too(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "name: x\nsites: {dataset: phantom}\ntrain:\n"
+        "  loss_options: {smooth_numerator: 1e-5}\n"
+        "  augmentation: {gamma: 1e-1, flip_axes: I}\n"
+    )
+    train = load_study(path).train
+    assert train.loss_options == {"smooth_numerator": 1e-5}
+    assert train.augmentation == {"gamma": 0.1, "flip_axes": "I"}
 
 
 def test_a_file_that_is_no_study_is_explained(tmp_path):
