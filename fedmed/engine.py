@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedmed import seeds
 from fedmed.checkpoint import Checkpoint, Checkpoints
-from fedmed.errors import QuorumError, ResumeError, SiteError
+from fedmed.errors import QuorumError, ResumeError, SiteError, WireError
 from fedmed.gate import Expectation, screen
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.payload import Metrics, Payload, expect, from_message
@@ -262,8 +262,11 @@ class Engine:
         last = number == self.study.rounds
         due = last or number % self.study.evaluate.every == 0
         splits = [] if not due else ["validation", "test"] if last else ["validation"]
-        trained = tuple(site for site in self._tokens)
-        targets = sorted({*trained, *(self.evaluated if due else ())})
+        # A site that was lost on the way has nothing to file: it is evaluated as it
+        # was before the round, and its failure costs nobody the round.
+        for site in {*log.refused, *log.failed}:
+            self._tokens.pop(site, None)
+        targets = sorted({*self._tokens, *(self.evaluated if due else ())})
         content: dict[str, Any] = {"splits": splits, "overlays": last}
         sent = {
             site: self._message(
@@ -274,23 +277,70 @@ class Engine:
             )
             for site in targets
         }
-        answers = self._deliver(sent)
-        log.count(sent, answers)
+        answers = self._deliver_again(sent, log)
         rows: list[Mapping[str, Any]] = []
         for site in sorted(answers):
-            answer = answers[site]
-            if isinstance(answer, SiteFailure):
-                log.failed[site] = f"{answer.reason} while evaluating: {answer.detail}"
-                if answer.fatal or site in trained:
-                    raise QuorumError(
-                        f"round {number}: site {site} could not end the round "
-                        f"({answer.reason}: {answer.detail})",
-                        hint="The last checkpoint is intact; go on with --resume.",
-                    )
-                continue
-            payload = expect(from_message(answer), Metrics)
-            rows.extend({"round": number, "site": site, **row} for row in payload.rows)
+            rows += self._rows(site, answers[site], tuple(splits), number, log)
         return rows
+
+    def _deliver_again(
+        self, sent: Mapping[SiteId, Message], log: RoundLog
+    ) -> dict[SiteId, Answer]:
+        """Deliver the end of a round; ask again those who took part and failed.
+
+        A site may file the same state twice, so asking again is harmless.
+        """
+        answers = self._deliver(sent)
+        log.count(sent, answers)
+        for _ in range(self.study.tolerance.retries):
+            again = {
+                site: sent[site]
+                for site, answer in answers.items()
+                if isinstance(answer, SiteFailure)
+                and not answer.fatal
+                and site in self._tokens
+            }
+            if not again:
+                break
+            logger.warning(
+                "asking again for the end of the round: %s",
+                told(failures({site: answers[site] for site in again})),
+            )
+            more = self._deliver(again)
+            log.count(again, more)
+            answers.update(more)
+        return answers
+
+    def _rows(
+        self,
+        site: SiteId,
+        answer: Answer,
+        splits: tuple[str, ...],
+        number: int,
+        log: RoundLog,
+    ) -> list[Mapping[str, Any]]:
+        """The checked rows of one site; none, with the reason noted, if it failed."""
+        if isinstance(answer, SiteFailure):
+            if site in self._tokens:
+                raise QuorumError(
+                    f"round {number}: site {site} could not end the round "
+                    f"({answer.reason}: {answer.detail})",
+                    hint="The last checkpoint is intact; go on with --resume.",
+                )
+            why = f"{answer.reason} while evaluating: {answer.detail}"
+            logger.error("round %d: site %s has no result: %s", number, site, why)
+            if site not in log.refused:
+                log.failed.setdefault(site, why)
+            return []
+        try:
+            rows = expect(from_message(answer), Metrics).rows
+            check_rows(rows, self.columns, splits)
+        except WireError as error:
+            why = f"its results: {error.message}"
+            logger.error("round %d: site %s has no result: %s", number, site, why)
+            log.refused.setdefault(site, why)
+            return []
+        return [{**row, "round": number, "site": site} for row in rows]
 
     def _record(
         self,
@@ -322,6 +372,42 @@ class Engine:
             "exchanges": log.exchanges + 1,
             "retries": attempt,
         }
+
+
+def check_rows(
+    rows: Iterable[Any], columns: Iterable[str], splits: tuple[str, ...]
+) -> None:
+    """Check what a site says about its cases before it becomes a result.
+
+    Args:
+        rows: As they came.
+        columns: Of cases.csv; all but "round" and "site" must be there, no others.
+        splits: What was asked for.
+
+    Raises:
+        WireError: If a row has other columns, is of another split, or has a Dice
+            outside [0, 1]. Never says what a row holds beyond that.
+    """
+    expected = set(columns) - {"round", "site"}
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise WireError("a row is no mapping")
+        if set(row) != expected:
+            wrong = sorted(str(name)[:40] for name in set(row) ^ expected)
+            raise WireError(f"a row has other columns than expected: {wrong[:3]}")
+        if row["split"] not in splits:
+            seen = str(row["split"])[:40]
+            raise WireError(f"a row is of split {seen!r}, which was not asked for")
+        if "dice" in expected and not _is_dice(row["dice"]):
+            seen = str(row["dice"])[:40]
+            raise WireError(f"a Dice is {seen}, which does not lie in [0, 1]")
+
+
+def _is_dice(value: Any) -> bool:
+    """NaN stands for a class that neither the label nor the prediction shows."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isnan(value) or 0 <= value <= 1
 
 
 def failures(answers: Mapping[SiteId, Answer]) -> dict[SiteId, str]:

@@ -24,7 +24,12 @@ def score_rows(kind: str, rows: Sequence[Row]) -> float:
 
 
 def summarise(
-    cases_file: Path, kind: str, *, rounds: int, held_out: Sequence[str] = ()
+    cases_file: Path,
+    kind: str,
+    *,
+    rounds: int,
+    held_out: Sequence[str] = (),
+    records: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Summarise the last round's test rows; without any, its validation rows.
 
@@ -34,12 +39,13 @@ def summarise(
         rounds: Number of the last round.
         held_out: Sites that took no part in training. They answer another question,
             so they are averaged apart, unless there is no other site.
+        records: Of the rounds; the last one says why a site has no result.
 
     Returns:
         "split", "metric", "sites" (one mapping each, held-out ones too), "overall"
         (unweighted mean over the sites that trained), "worst_site" (of these), and
         "held_out": "sites", "overall" and "worst_site" of the sites held out, None
-        if there is none.
+        if there is none; and "missing": why a site that failed has no result.
     """
     rows = _last_rows(cases_file, rounds)
     tested = [row for row in rows if row["split"] == "test"]
@@ -59,7 +65,24 @@ def summarise(
         "sites": sites,
         **_together(trained or sites, main),
         "held_out": {"sites": unseen, **_together(unseen, main)} if unseen else None,
+        "missing": {
+            site: why
+            for site, why in _problems(records, rounds).items()
+            if site not in sites
+        },
     }
+
+
+def _problems(records: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, str]:
+    """Why sites failed or were refused in the last round."""
+    last = [record for record in records if record["round"] == rounds]
+    found = {
+        site: str(why)
+        for record in last
+        for key in ("refused", "failed")
+        for site, why in record.get(key, {}).items()
+    }
+    return dict(sorted(found.items()))
 
 
 def _together(sites: Mapping[str, Mapping[str, float]], main: str) -> dict[str, Any]:

@@ -77,3 +77,12 @@ def test_the_report_of_the_same_run_agrees(
         assert {row["split"] for row in csv.DictReader(file)} == {"test"}
     assert summary["overall"]["dice"] == pytest.approx(row.overall.mean)
     assert summary["worst_site"] == row.worst_site
+
+
+def test_a_site_without_a_result_is_named_with_the_reason(cases: Path) -> None:
+    records = [
+        {"round": 1, "refused": {"x": "earlier"}, "failed": {}},
+        {"round": 2, "refused": {"d": "NaN"}, "failed": {"a": "late", "e": "died"}},
+    ]
+    summary = summarise(cases, "segmentation", rounds=2, records=records)
+    assert summary["missing"] == {"d": "NaN", "e": "died"}

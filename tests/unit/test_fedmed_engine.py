@@ -1,0 +1,196 @@
+"""The end of a round: who is asked, who is asked again, and what is believed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmed.engine import check_rows
+from fedmed.errors import QuorumError, WireError
+from fedmed.message import Answer, Message, SiteFailure, SiteId
+from fedmed.runfolder import CLASSIFICATION_COLUMNS, SEGMENTATION_COLUMNS
+from fedmed.transports.inprocess import InProcessTransport
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
+
+SPLIT = {"train": 0.6, "validation": 0.2, "test": 0.2}
+Spoil = Callable[[Message, Answer, int], Answer]
+
+
+@dataclass
+class Spoiling(InProcessTransport):
+    """Lets a function change what one site answers; it sees how often it was asked."""
+
+    site: SiteId
+    spoil: Spoil
+    asked: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def exchange(
+        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+    ) -> dict[SiteId, Answer]:
+        answers = super().exchange(messages, timeout_s=timeout_s)
+        if self.site in messages:
+            sent = messages[self.site]
+            self.asked.append(sent)
+            before = sum(m.kind == sent.kind for m in self.asked) - 1
+            answers[self.site] = self.spoil(sent, answers[self.site], before)
+        return answers
+
+
+def _study(**changes: Any) -> Any:
+    return runs.make_study(runs.TABLE, "fedbn", **{"split": SPLIT, **changes})
+
+
+def _run(folder: Path, study: Any, site: SiteId, spoil: Spoil) -> tuple[Any, Any]:
+    transport = Spoiling(site, spoil)
+    return runs.run(study, folder, transport=transport), transport
+
+
+def _fail_end(times: int, *, fatal: bool = False) -> Spoil:
+    def spoil(sent: Message, answer: Answer, before: int) -> Answer:
+        if sent.kind == "end_round" and before < times:
+            return SiteFailure("timeout", "no answer", fatal)
+        return answer
+
+    return spoil
+
+
+def _change_rows(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Spoil:
+    def spoil(sent: Message, answer: Answer, before: int) -> Answer:
+        if sent.kind != "end_round" or not isinstance(answer, Message):
+            return answer
+        rows = [change(dict(row)) for row in answer.header["rows"]]
+        return replace(answer, header={**answer.header, "rows": rows})
+
+    return spoil
+
+
+def test_a_site_lost_between_two_exchanges_does_not_end_the_run(
+    tmp_path: Path,
+) -> None:
+    """Its first answer is staged, but it files nothing, and may fail to the end."""
+
+    def spoil(sent: Message, answer: Answer, before: int) -> Answer:
+        is_first = sent.kind == "join" or (sent.kind != "end_round" and before == 0)
+        return answer if is_first else SiteFailure("died", "gone", fatal=False)
+
+    study = _study(
+        rounds=1, strategy={"sync": "step"}, tolerance={"quorum": 0.5, "retries": 0}
+    )
+    result, transport = _run(tmp_path, study, "b", spoil)
+    (record,) = result.rounds
+    assert record["failed"] == {"b": "died: gone"}
+    assert record["answered"] == ["a", "c"]
+    ends = [message for message in transport.asked if message.kind == "end_round"]
+    assert [message.header["after"] for message in ends] == [""]
+    assert result.folder.read_summary()["missing"] == {"b": "died: gone"}
+    assert sorted(result.folder.read_summary()["sites"]) == ["a", "c"]
+
+
+def test_a_site_lost_between_two_exchanges_is_not_asked_without_need(
+    tmp_path: Path,
+) -> None:
+    def spoil(sent: Message, answer: Answer, before: int) -> Answer:
+        number = sent.header["round"]
+        is_lost = number == 1 and sent.kind not in {"join", "end_round"} and before > 0
+        return SiteFailure("died", "gone") if is_lost else answer
+
+    study = _study(
+        rounds=2, strategy={"sync": "step"}, tolerance={"quorum": 0.5, "retries": 0}
+    )
+    result, transport = _run(tmp_path, study, "b", spoil)
+    ends = [message for message in transport.asked if message.kind == "end_round"]
+    assert [message.header["round"] for message in ends] == [2]
+    assert result.rounds[1]["answered"] == ["a", "b", "c"]
+    assert result.folder.read_summary()["missing"] == {}
+
+
+def test_the_end_of_a_round_is_asked_for_again(tmp_path: Path) -> None:
+    """The site had filed its state already; the run ends with the same bytes."""
+    study = _study(model={"norm": "batch"})
+    whole = runs.run(study, tmp_path / "whole", transport=InProcessTransport())
+    result, transport = _run(tmp_path / "again", study, "b", _fail_end(1))
+    assert result.private("b").states
+    assert sum(message.kind == "end_round" for message in transport.asked) == 3
+    for name in ("cases_file", "model_file"):
+        before, after = (getattr(r.folder, name) for r in (whole, result))
+        assert before.read_bytes() == after.read_bytes()
+    assert result.rounds[0]["failed"] == {}
+
+
+@pytest.mark.parametrize(("times", "fatal", "asked"), [(9, False, 3), (9, True, 1)])
+def test_a_site_that_took_part_and_cannot_end_the_round(
+    tmp_path: Path, times: int, fatal: bool, asked: int
+) -> None:
+    transport = Spoiling("b", _fail_end(times, fatal=fatal))
+    study = _study(tolerance={"retries": 2, "quorum": 0.5})
+    with pytest.raises(QuorumError, match="site b could not end the round"):
+        runs.run(study, tmp_path, transport=transport)
+    assert sum(message.kind == "end_round" for message in transport.asked) == asked
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_a_held_out_site_without_a_result_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fatal: bool
+) -> None:
+    study = _study(rounds=1, split={**SPLIT, "held_out": ["b"]})
+    result, _ = _run(tmp_path, study, "b", _fail_end(9, fatal=fatal))
+    summary = result.folder.read_summary()
+    assert summary["missing"] == {"b": "timeout while evaluating: no answer"}
+    assert sorted(summary["sites"]) == ["a", "c"]
+    assert any(
+        record.levelname == "ERROR" and "site b has no result" in record.message
+        for record in caplog.records
+    )
+
+
+def test_a_site_speaks_for_itself_and_for_this_round_only(tmp_path: Path) -> None:
+    """Extra columns are refused; what the server writes is the server's."""
+    changed = _change_rows(lambda row: {**row, "site": "a", "round": 1})
+    result, _ = _run(tmp_path, _study(rounds=1), "b", changed)
+    assert "columns" in result.rounds[0]["refused"]["b"]
+    lines = result.folder.cases_file.read_text().splitlines()
+    sites = {line.split(",")[2] for line in lines}
+    assert sites == {"site", "a", "c"}
+    assert "columns" in result.folder.read_summary()["missing"]["b"]
+
+
+def test_rows_of_a_split_that_was_not_asked_for_are_refused(tmp_path: Path) -> None:
+    changed = _change_rows(lambda row: {**row, "split": "train"})
+    result, _ = _run(tmp_path, _study(rounds=1), "b", changed)
+    assert "'train'" in result.rounds[0]["refused"]["b"]
+    assert sorted(result.folder.read_summary()["sites"]) == ["a", "c"]
+
+
+def _row(**changes: Any) -> dict[str, Any]:
+    row = dict.fromkeys(set(SEGMENTATION_COLUMNS) - {"round", "site"}, 1.0)
+    return {**row, "split": "test", **changes}
+
+
+@pytest.mark.parametrize("dice", [0, 0.0, 1, 1.0, float("nan")])
+def test_a_dice_that_can_be(dice: float) -> None:
+    check_rows([_row(dice=dice)], SEGMENTATION_COLUMNS, ("test",))
+
+
+@pytest.mark.parametrize("dice", [-0.1, 1.01, float("inf"), "0.5", None, True])
+def test_a_dice_that_cannot_be(dice: Any) -> None:
+    with pytest.raises(WireError, match="Dice"):
+        check_rows([_row(), _row(dice=dice)], SEGMENTATION_COLUMNS, ("test",))
+
+
+def test_a_missing_column_and_no_mapping() -> None:
+    with pytest.raises(WireError, match="columns"):
+        check_rows([{"split": "test"}], CLASSIFICATION_COLUMNS, ("test",))
+    with pytest.raises(WireError, match="mapping"):
+        check_rows(["row"], CLASSIFICATION_COLUMNS, ("test",))
