@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +56,29 @@ class CaseNames:
     Attributes:
         known: The site's case names, found wherever they stand.
         key: The site's secret, for pseudonyms.
-        drop: Leave names out instead of replacing them.
+        drop: Give numbers instead, which say nothing beyond one message: the rows of
+            one case stay together, the cases of two messages cannot be matched.
+        numbers: Numbers given so far, in the order in which cases were met.
     """
 
     known: frozenset[str] = frozenset()
     key: bytes = b""
     drop: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
 
     def name(self, case_id: object) -> str:
         """Give what stands for a case outside."""
-        return "a case" if self.drop else pseudonym(str(case_id), self.key)
+        if self.drop:
+            number = self.numbers.setdefault(str(case_id), len(self.numbers) + 1)
+            return f"case-{number}"
+        return pseudonym(str(case_id), self.key)
 
     def mapping(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Rename in a mapping, at any depth."""
         result: dict[str, Any] = {}
         for key, item in value.items():
             if key in _RENAMED_KEYS or key in _RENAMED_LISTS:
-                if not self.drop:
-                    result[key] = self._named(item)
+                result[key] = self._named(item)
             elif key in _RENAMED_MAPPINGS and isinstance(item, Mapping):
                 result[key] = self._keyed(item)
             else:
@@ -93,11 +99,13 @@ class CaseNames:
         if value in self.known:
             return self.name(value)
         # Longest first: one name may be the beginning of another. Very short names
-        # ("1") are only replaced where they stand alone.
-        for case_id in sorted(self.known, key=len, reverse=True):
-            if len(case_id) >= _SHORTEST_IN_TEXT and case_id in value:
-                value = value.replace(case_id, self.name(case_id))
-        return value
+        # ("1") are only replaced where they stand alone. One pass: what stands for one
+        # case may look like the name of another.
+        names = sorted(self.known, key=len, reverse=True)
+        found = [re.escape(n) for n in names if len(n) >= _SHORTEST_IN_TEXT]
+        if not found:
+            return value
+        return re.sub("|".join(found), lambda match: self.name(match[0]), value)
 
     def _named(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -107,8 +115,7 @@ class CaseNames:
     def _keyed(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Rename the keys of case -> reason; the reason may repeat the name."""
         result = {}
-        for number, (case_id, reason) in enumerate(value.items(), start=1):
-            key = f"{number}" if self.drop else self.name(case_id)
+        for case_id, reason in value.items():
             known = frozenset({*self.known, case_id})
-            result[key] = replace(self, known=known)._any(reason)
+            result[self.name(case_id)] = replace(self, known=known)._any(reason)
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def evaluate(
     weights: State,
     splits: tuple[str, ...],
     overlays: Path | None = None,
+    name: Callable[[str], str] = str,
 ) -> list[Row]:
     """Score the model of this site on some of its splits.
 
@@ -41,6 +42,9 @@ def evaluate(
         weights: Shared entries.
         splits: Any of "train", "validation", "test".
         overlays: Folder for pictures of single cases, inside the hospital.
+        name: Gives the name under which a case is known outside. Pictures bear it,
+            because reports show them; rows are renamed when they leave. Called once
+            per scored case, in the order of the rows.
 
     Returns:
         One row per split, case and class, without images or paths.
@@ -57,8 +61,9 @@ def evaluate(
         for case in bench.data.splits[split]:
             found, picture = _score(bench, model, case)
             rows += [{"split": split, **row} for row in found]
+            outside = name(case.case_id) if found else ""
             if picture is not None and split == splits[-1]:
-                shown.append((_mean_dice(found), picture))
+                shown.append((_mean_dice(found), {**picture, "name": outside}))
     if overlays is not None:
         write_overlays(overlays, shown, bench.study.evaluate.overlays)
     return rows
@@ -149,7 +154,8 @@ def write_overlays(
 
     Args:
         folder: Of the site's own run folder.
-        shown: Mean Dice and picture material of every scored case.
+        shown: Mean Dice and picture material of every scored case: "case",
+            "prediction" and "name", under which it is known outside.
         count: How many of the three, 0 to 3.
     """
     ranked = sorted(
@@ -188,10 +194,10 @@ def _write_overlay(
         "slice": index,
         "spacing_mm": [float(v) for v in case.spacing_mm],
         "spacing_known": bool(case.spacing_known),
-        "case_id": case.case_id,
+        "case_id": material["name"],
     }
     np.savez_compressed(
-        folder / f"{rank}-{case.case_id}.npz",
+        folder / f"{rank}-{material['name']}.npz",
         image=image.mean(axis=0),
         truth=truth[:, :, index].astype(np.uint8),
         prediction=prediction[:, :, index].astype(np.uint8),

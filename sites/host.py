@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
 from fedmed.strategy import Outcome, Private, Strategy
 from fedmed.study import expand, study_from_dict
-from sites.case_names import load_pseudonym_key
+from sites.case_names import CaseNames, load_pseudonym_key
 from sites.context import HospitalContext, Workbench
+from sites.data import list_sites
 from sites.evaluation import evaluate
 from sites.ledger import Ledger
 from sites.policy import (
@@ -53,11 +55,13 @@ def open_host(site_id: SiteId, options: Mapping[str, Any]) -> Host:
         if study.sites.policy
         else Policy.permissive()
     )
+    cache = Path(options["cache"])
     return Host(
-        Workbench(study, site_id, Path(options["cache"])),
+        Workbench(study, site_id, cache),
         load_strategy(study.strategy.name, study.strategy.options),
         policy,
         folder,
+        cache=cache,
         durable=bool(options["durable"]),
     )
 
@@ -70,6 +74,7 @@ class Host:
         strategy: The study's method; its `at_site` methods answer.
         policy: What may leave.
         folder: Run folder; the site writes to its own parts only.
+        cache: Folder of prepared cases, as the bench's.
         durable: The process may change between two messages.
     """
 
@@ -80,14 +85,18 @@ class Host:
         policy: Policy,
         folder: RunFolder,
         *,
+        cache: Path,
         durable: bool,
     ) -> None:
         self._bench = bench
         self._strategy = strategy
         self._policy = policy
+        self._cache = cache
         self._folder = folder.site_folder(bench.site_id)
         self._ledger = Ledger(folder.ledger / bench.site_id)
         self._store = PrivateStore(self._folder / "private", durable=durable)
+        self._asked = Message("open")
+        self._numbers: dict[str, int] = {}
         if bench.is_pooled:
             require_pooled(policy, bench.site_id)
 
@@ -96,8 +105,31 @@ class Host:
         self._ledger.close()
 
     def describe_failure(self, error: BaseException) -> SiteFailure:
-        """Say what went wrong without a path or a patient."""
-        return describe(error, keep=(self._bench.site_id,))
+        """Say what went wrong without a path or a patient; on record, as all else.
+
+        Raises:
+            StorageError: If it cannot be recorded; then it must not leave.
+        """
+        keep = (self._bench.site_id,)
+        failure = describe(error, keep=keep, remove=self._names_to_remove())
+        self._record(Message("Failure", asdict(failure)))
+        return failure
+
+    def _names_to_remove(self) -> frozenset[str] | None:
+        """Names of cases and subjects that must stay; None if nobody can list them.
+
+        What failed may be the preparation of the cases, so they are only listed.
+        """
+        if self._policy.case_ids == "keep":
+            return frozenset()
+        try:
+            _, found = list_sites(self._bench.study, self._cache)
+        except Exception:
+            return None
+        names = {name for site in found for name in site.problems}
+        for ref in (ref for site in found for ref in site.cases):
+            names |= {ref.case_id, ref.subject_id}
+        return frozenset(names)
 
     def handle(self, message: Message) -> Message:
         """Answer one message.
@@ -105,19 +137,33 @@ class Host:
         Raises:
             FedMedError: Anything that a person can mend.
         """
+        self._asked, self._numbers = message, {}
         with torch.random.fork_rng(devices=[]):
             # Dropout in a network must not depend on what this process did before.
             torch.manual_seed(self._bench.seed(message))
             payload = self._answer(message)
         reply = to_message(payload)
         reply = enforce(self._policy, reply, context=self._policy_context(message))
+        self._record(reply)
+        return reply
+
+    def _record(self, reply: Message) -> None:
+        """Put what is about to leave on the ledger."""
+        number = self._asked.header.get("round", 0)
         self._ledger.append(
-            action=message.kind,
-            server_round=int(message.header.get("round", 0)),
-            exchange=str(message.header.get("token", "")),
+            action=self._asked.kind,
+            server_round=number if isinstance(number, int) else 0,
+            exchange=str(self._asked.header.get("token", "")),
             reply=reply,
         )
-        return reply
+
+    def _name_outside(self, case_id: str) -> str:
+        """Give the name under which the policy lets a case be known outside."""
+        if self._policy.case_ids == "keep":
+            return case_id
+        drop = self._policy.case_ids == "drop"
+        key = load_pseudonym_key(self._folder)
+        return CaseNames(key=key, drop=drop, numbers=self._numbers).name(case_id)
 
     def _policy_context(self, message: Message) -> PolicyContext:
         """What the policy needs to know; only simulations may have guessable noise."""
@@ -130,6 +176,7 @@ class Host:
             received=arguments(message).get("weights", {}),
             case_ids=self._bench.case_ids,
             pseudonym_key=load_pseudonym_key(self._folder),
+            numbers=self._numbers,
             simulation_seed=self._bench.study.seed if simulated else None,
         )
 
@@ -197,6 +244,7 @@ class Host:
             weights=content["weights"],
             splits=tuple(content["splits"]),
             overlays=self._folder / "overlays" if content["overlays"] else None,
+            name=self._name_outside,
         )
         return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
 

@@ -7,7 +7,7 @@ The server can neither read nor change it. `policy.yaml`, every key:
     max_update_norm: 50.0     # L2 norm of all floating tensors of one message
     max_message_bytes: 500000000
     max_rounds: 200           # nothing but Card leaves in a later round
-    case_ids: pseudonym       # keep | pseudonym | drop
+    case_ids: pseudonym       # keep | pseudonym | drop: numbers, new in each message
     pooled: false             # may this site's data join a pooled data set (simulation)
     noise:                    # differential privacy of updates; absent = none
       clip_norm: 1.0          # the update is scaled down to this L2 norm...
@@ -15,7 +15,9 @@ The server can neither read nor change it. `policy.yaml`, every key:
 
 What noise does not cover: integer counters and the numbers in a message's header
 (losses, per-case metrics, counts). It is added per message; what a run spends in
-total is for an accountant to say.
+total is for an accountant to say. Noise may push a normalisation layer's variance
+below zero, which no network can use: entries named `...running_var` are lifted to
+1e-5 afterwards. That looks at the noised value alone, so it costs no privacy.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from sites.case_names import CaseNames
 _NOISED_KINDS = frozenset({"Weights", "Gradient"})
 _SILENT_KINDS = frozenset({"Card", "Metrics"})
 _COUNTED_KINDS = frozenset({"ClassStatistic"})
+_VARIANCE = "running_var"
+_LEAST_VARIANCE = 1e-5
 
 
 class NoisePolicy(BaseModel):
@@ -101,6 +105,8 @@ class PolicyContext:
             is measured, clipped and noised relative to it. Names without "state/".
         case_ids: The site's case names, found wherever they stand in a header.
         pseudonym_key: Secret of the site; see `sites.case_names`.
+        numbers: Under `case_ids: drop`, the numbers of cases given before in the same
+            message; more are added.
         simulation_seed: Makes noise repeatable. Only a simulation may set it: who
             knows the seed can subtract the noise. None = the machine's entropy.
     """
@@ -111,6 +117,7 @@ class PolicyContext:
     received: Mapping[str, torch.Tensor] = field(default_factory=dict)
     case_ids: frozenset[str] = frozenset()
     pseudonym_key: bytes = b""
+    numbers: dict[str, int] = field(default_factory=dict)
     simulation_seed: int | None = None
 
 
@@ -248,12 +255,16 @@ def _updates(message: Message, context: PolicyContext) -> dict[str, torch.Tensor
 
 
 def _origin(name: str, message: Message, context: PolicyContext) -> torch.Tensor:
-    section, _, entry = name.partition("/")
-    received = context.received.get(entry)
-    measured = section == "buffers" or (message.kind, section) == ("Weights", "state")
-    if not measured or received is None:
+    received = context.received.get(name.partition("/")[2])
+    if not _holds_values(name, message) or received is None:
         return torch.zeros((), dtype=torch.float64)
     return received.double()
+
+
+def _holds_values(name: str, message: Message) -> bool:
+    """Whether a tensor holds the network's values, not differences or gradients."""
+    section = name.partition("/")[0]
+    return section == "buffers" or (message.kind, section) == ("Weights", "state")
 
 
 def _norm(updates: Mapping[str, torch.Tensor]) -> float:
@@ -279,7 +290,10 @@ def _privatise(noise: NoisePolicy, message: Message, context: PolicyContext) -> 
     for name in sorted(updates):
         draw = torch.from_numpy(rng.normal(0.0, 1.0, size=tuple(updates[name].shape)))
         value = _origin(name, message, context) + scale * updates[name]
-        tensors[name] = (value + deviation * draw).to(message.tensors[name].dtype)
+        value = value + deviation * draw
+        if name.endswith(_VARIANCE) and _holds_values(name, message):
+            value = value.clamp(min=_LEAST_VARIANCE)
+        tensors[name] = value.to(message.tensors[name].dtype)
     return replace(message, tensors=tensors)
 
 
@@ -297,12 +311,17 @@ def _rename_cases(
     """Replace or drop case names: under their own keys, and wherever one is met."""
     if policy.case_ids == "keep":
         return dict(header)
-    names = CaseNames(context.case_ids, key=context.pseudonym_key)
-    if policy.case_ids == "drop":
-        return replace(names, drop=True).mapping(header)
-    if context.pseudonym_key:
+    names = CaseNames(
+        context.case_ids,
+        key=context.pseudonym_key,
+        drop=policy.case_ids == "drop",
+        numbers=context.numbers,
+    )
+    if names.drop or names.key:
         return names.mapping(header)
-    if replace(names, drop=True).mapping(header) != dict(header):
+    met = replace(names, drop=True, numbers={})
+    met.mapping(header)
+    if met.numbers:
         raise PolicyError("rule 'case_ids: pseudonym' needs the site's secret key")
     return dict(header)
 

@@ -12,7 +12,7 @@ and no path in a message; this module is the second line.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from fedmed.errors import FedMedError
@@ -22,6 +22,7 @@ from fedmed.transports.failure import scrubbed
 MAX_LENGTH = 300
 
 _LONGEST_READ = 2000
+_SHORTEST_IN_WORDS = 4
 
 _OUR_PACKAGES = frozenset({"fedmed", "sites", "strategies"})
 _HARMLESS_STEM = re.compile(
@@ -79,7 +80,7 @@ def describe(
     error: BaseException,
     *,
     keep: Collection[str] = (),
-    remove: Collection[str] = (),
+    remove: Collection[str] | None = (),
 ) -> SiteFailure:
     """Say why a site gives no reply, in words that may leave the hospital.
 
@@ -95,7 +96,7 @@ def scrub(
     error: BaseException,
     *,
     keep: Collection[str] = (),
-    remove: Collection[str] = (),
+    remove: Collection[str] | None = (),
 ) -> str:
     """Put an exception into one sentence that may leave the hospital.
 
@@ -103,7 +104,8 @@ def scrub(
         error: What was raised.
         keep: Words with slashes that are no paths: the site's id, entries' names.
         remove: Words that must not leave whatever they look like: the names of cases
-            where the policy does not let them go.
+            where the policy does not let them go. None: they must not leave, and
+            nobody knows them; then even our own words stay inside.
 
     Example:
         >>> from fedmed.errors import CaseError
@@ -112,7 +114,7 @@ def scrub(
         >>> scrub(KeyError("Jane Doe"))
         'KeyError outside our code'
     """
-    if isinstance(error, FedMedError):
+    if isinstance(error, FedMedError) and remove is not None:
         return scrub_text(error.message, keep=keep, remove=remove)
     return f"{type(error).__name__} {_place(error)}"
 
@@ -131,10 +133,9 @@ def scrub_text(
         >>> scrub_text("site b/rumc: case.nii.gz in x/y holds 3/4", keep=["b/rumc"])
         'site b/rumc: case.nii.gz in <path> holds 3/4'
     """
-    text = text[:_LONGEST_READ]
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    for word in sorted(filter(None, remove), key=len, reverse=True):
-        text = text.replace(word, "<removed>")
+    # Names go first: cut off in the middle, a name would not be found.
+    text = _readable(_without(text, keep=keep, remove=remove))
+    text = _without(text, keep=keep, remove=map(_readable, remove))[:_LONGEST_READ]
     text, restore = _protected(text, keep)
     text = _QUOTED_PATH.sub("<path>", text)
     text = _ABSOLUTE_PATH.sub("<path>", text)
@@ -146,6 +147,35 @@ def scrub_text(
     return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 3] + "..."
 
 
+def _readable(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _without(text: str, *, keep: Collection[str], remove: Iterable[str]) -> str:
+    """Take words out in one pass, so that what stays is not mistaken for one."""
+    names = set(filter(None, remove))
+    if not names:
+        return text
+    patterns = {name: _wherever_met(name) for name in names}
+    # A word that is both stays: the site's name is known outside.
+    patterns |= {word: _whole(word) for word in filter(None, keep)}
+    longest = sorted(patterns, key=len, reverse=True)
+    either = "|".join(patterns[word] for word in longest)
+    return re.sub(either, lambda m: m[0] if m[0] in keep else "<removed>", text)
+
+
+def _wherever_met(name: str) -> str:
+    """A very short name, like "1", is only met as a word of its own."""
+    word = f"(?i:{re.escape(name)})"
+    if len(name) >= _SHORTEST_IN_WORDS:
+        return word
+    return rf"(?<![^\W_]){word}(?![^\W_])"
+
+
+def _whole(word: str) -> str:
+    return rf"(?<![\w./\\-]){re.escape(word)}(?![\w/\\-])"
+
+
 def _protected(text: str, keep: Collection[str]) -> tuple[str, Callable[[str], str]]:
     """Hide words that stay behind single private-use characters."""
     hidden: dict[str, str] = {}
@@ -154,8 +184,7 @@ def _protected(text: str, keep: Collection[str]) -> tuple[str, Callable[[str], s
         mark = chr(0xE000 + number % 0x1900)
         hidden[mark] = word
         # Only as a word of its own: inside a longer path it is a part of that path.
-        whole = rf"(?<![\w./\\-]){re.escape(word)}(?![\w/\\-])"
-        text = re.sub(whole, mark, text)
+        text = re.sub(_whole(word), mark, text)
 
     def restore(scrubbed_text: str) -> str:
         return "".join(hidden.get(character, character) for character in scrubbed_text)

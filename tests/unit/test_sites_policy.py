@@ -147,6 +147,23 @@ def test_pseudonyms_are_stable_and_differ_between_cases() -> None:
     assert names[0] != names[1]
 
 
+def test_drop_numbers_the_cases_of_a_message() -> None:
+    rows = ({"case_id": "b", "dice": 0.1}, {"case_id": "a"}, {"case_id": "b"})
+    context = PolicyContext("a", case_ids=frozenset({"a", "b"}))
+    out = enforce(
+        policy(case_ids="drop"), to_message(Metrics(rows=rows)), context=context
+    )
+    assert [r["case_id"] for r in out.header["rows"]] == ["case-1", "case-2", "case-1"]
+    assert out.header["rows"][0]["dice"] == 0.1
+
+
+def test_a_number_is_not_mistaken_for_the_name_of_another_case() -> None:
+    context = PolicyContext("a", case_ids=frozenset({"case-1", "case-22"}))
+    message = to_message(Card(values={"note": "case-22, case-1, case-22"}))
+    out = enforce(policy(case_ids="drop"), message, context=context)
+    assert "case-1, case-2, case-1" in json.dumps(dict(out.header))
+
+
 def test_pseudonyms_without_a_key_are_refused_only_if_needed() -> None:
     bare = PolicyContext("a")
     with pytest.raises(PolicyError, match=r"secret key"):
@@ -205,6 +222,31 @@ def test_noise_measures_normalisation_statistics_from_the_received_ones() -> Non
     torch.testing.assert_close(
         out.tensors["buffers/bn.running_var"], torch.tensor([100.0, 101.0])
     )
+
+
+@pytest.mark.parametrize("payload", ["weights", "buffers"])
+def test_noise_leaves_variances_above_zero(payload: str) -> None:
+    noisy = policy(noise={"clip_norm": 1.0, "noise_multiplier": 9.0})
+    values = {n: torch.ones(200) for n in ("bn.running_var", "bn.running_mean")}
+    if payload == "weights":
+        message = to_message(Weights(num_examples=5, state=values))
+    else:
+        message = to_message(Gradient(num_examples=5, buffers=values))
+    context = PolicyContext("a", received=values, simulation_seed=9)
+    out = enforce(noisy, message, context=context).tensors
+    section = "state" if payload == "weights" else "buffers"
+    variance = out[f"{section}/bn.running_var"]
+    assert float(variance.min()) == pytest.approx(1e-5)
+    assert float(variance.max()) > 1.0, "only what is too low is lifted"
+    assert float(out[f"{section}/bn.running_mean"].min()) < 0.0
+
+
+def test_noise_leaves_a_gradient_as_it_is_drawn() -> None:
+    noisy = policy(noise={"clip_norm": 1.0, "noise_multiplier": 9.0})
+    state = {"bn.running_var": torch.zeros(200)}
+    message = to_message(Gradient(num_examples=5, state=state))
+    out = enforce(noisy, message, context=CONTEXT).tensors
+    assert float(out["state/bn.running_var"].min()) < 0.0
 
 
 def test_real_noise_has_the_right_size_and_never_repeats() -> None:

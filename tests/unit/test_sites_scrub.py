@@ -90,6 +90,28 @@ def test_what_stands_around_a_file_stays() -> None:
     assert out == "cannot read <file>.dcm: 3 of 4 slices"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("case Ann-Lee: empty", "case <removed>: empty"),
+        ("case ann-lee_2: empty", "case <removed>_2: empty"),
+        ("case ann\tlee: empty", "case <removed>: empty"),
+        ("site ann: 7 of 17 cases", "site ann: <removed> of 17 cases"),
+        ("x" * 1995 + " ann-lee", "x" * (MAX_LENGTH - 3) + "..."),
+    ],
+)
+def test_names_go_however_they_are_written(text: str, expected: str) -> None:
+    names = ["ann-lee", "ann\tlee", "7", "ann"]
+    assert scrub_text(text, keep=["ann"], remove=names) == expected
+
+
+def test_where_nobody_knows_the_names_our_words_stay_inside() -> None:
+    error = DataError("two files stand for jane_doe")
+    told = describe(error, remove=None)
+    assert told.detail == "DataError outside our code"
+    assert told.reason == "raised"
+
+
 def test_words_to_keep_and_words_to_remove() -> None:
     error = CaseError("site prostate/rumc: entry enc/conv.w of case17 at x/enc/conv.w")
     out = scrub(error, keep=["prostate/rumc", "enc/conv.w"], remove=["case17"])
