@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedmed.report.rows import ALONE, Row
-from fedmed.report.run_folder import LOCK_FILE, Comparison
+from fedmed.report.run_folder import LOCK_FILE, Comparison, Entry
 from fedmed.report.significance import PairedTest
 from fedmed.report.tables import Table
 from fedmed.report.wording import count, listing, percent, signed_points
@@ -57,17 +57,55 @@ def what_came_out(
 
 
 def how_to_repeat(comparison: Comparison) -> tuple[str, ...]:
-    """Give the command that repeats the study."""
+    """Give the commands that repeat the study, each from the lock file of a run.
+
+    A comparison has two if it ran the same strategy with and without leaving sites out.
+    """
+    entries = comparison.entries
     if comparison.is_single:
-        run = comparison.entries[0].run
-        return (f"fedmed run {shlex.quote(f'{run.label}/{LOCK_FILE}')}",)
-    strategies = ",".join(comparison.strategies)
-    seeds = ",".join(str(s) for s in sorted({e.seed for e in comparison.entries}))
-    words = ["fedmed", "compare", f"{comparison.name}.yaml"]
-    words += ["--strategies", strategies, "--seeds", seeds]
-    if any(entry.held_out for entry in comparison.entries):
+        return (shlex.join(["fedmed", "run", _lock_of(entries[0])]),)
+    left_out = {entry.strategy for entry in entries if entry.held_out}
+    plain = {entry.strategy for entry in entries if not entry.held_out}
+    if left_out and plain <= {ALONE}:
+        # That one leaves no site out even where all others do.
+        return (_compare_command(entries),)
+    groups = (
+        [entry for entry in entries if not entry.held_out],
+        [entry for entry in entries if entry.held_out],
+    )
+    return tuple(_compare_command(group) for group in groups if group)
+
+
+def _compare_command(entries: Sequence[Entry]) -> str:
+    """Repeat these runs, from the lock file that says most about all of them."""
+    named = max(entries, key=_what_it_says)
+    words = ["fedmed", "compare", _lock_of(named)]
+    whole = [entry.run for entry in entries if not entry.held_out]
+    if named.held_out and whole:
+        # What this run left out is not left out where no site is.
+        words.append(f"split.held_out=[{', '.join(whole[0].held_out)}]")
+    strategies = dict.fromkeys(entry.strategy for entry in entries)
+    seeds = sorted({entry.seed for entry in entries})
+    words += ["--strategies", ",".join(strategies)]
+    words += ["--seeds", ",".join(map(str, seeds))]
+    if any(entry.held_out for entry in entries):
         words.append("--leave-one-site-out")
-    return (shlex.join(words),)
+    return shlex.join(words)
+
+
+def _what_it_says(entry: Entry) -> tuple[bool, int, bool]:
+    """Rank a lock file as the study of a comparison.
+
+    `sync: step` holds for every strategy that has it; the study's options of one
+    strategy are in the lock files of that strategy alone.
+    """
+    given = entry.run.study.get("strategy")
+    options = given if isinstance(given, Mapping) else {}
+    return options.get("sync") == "step", len(options), entry.held_out is None
+
+
+def _lock_of(entry: Entry) -> str:
+    return f"{entry.run.label}/{LOCK_FILE}"
 
 
 def what_is_missing(comparison: Comparison) -> tuple[str, ...]:

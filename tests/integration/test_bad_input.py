@@ -1,7 +1,10 @@
 """Whatever is wrong, a user reads one or two lines that say what to do about it."""
 
+import html
 import importlib
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -448,6 +451,41 @@ def test_damaged_lock_file(fedmed, work, content):
     out.mkdir()
     (out / "study.lock.yaml").write_text(content)
     fedmed("run", study, "--out", out, "--resume").refused(6)
+
+
+def repeated(fedmed, folder, *, cwd):
+    """Type what the report says, in the folder where the named file is."""
+    page = (folder / "report.html").read_text()
+    told = re.findall(r"<pre>fedmed (.+?)</pre>", page)
+    assert len(told) == 1
+    ended = fedmed(*shlex.split(html.unescape(told[0])), "--out", cwd / "2", cwd=cwd)
+    assert ended.code == 0, ended.err
+    return cwd / "2"
+
+
+def test_the_report_tells_how_to_repeat_a_run(fedmed, work):
+    study, out = line.write_study(work, rounds=1), work / "run"
+    assert fedmed("run", study, "--out", out).code == 0
+    again = repeated(fedmed, out, cwd=work)
+    assert line.hashes(again) == line.hashes(out)
+
+
+def test_the_report_tells_how_to_repeat_a_comparison(fedmed, work):
+    """The leg without sites left out, and the options of one strategy, come back."""
+    strategy = {"name": "fedprox", "mu": 0.5}
+    sites = {**line.TINY["sites"], "include": ["a", "b"]}
+    study = line.write_study(work, rounds=1, strategy=strategy, sites=sites)
+    out = work / "both"
+    ended = fedmed(
+        "compare", study, "--strategies", "separate,fedprox", "--seeds", "3",
+        "--leave-one-site-out", "--out", out,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    again = repeated(fedmed, out, cwd=out)
+    legs = sorted(path.parent.name for path in out.glob("*/summary.json"))
+    assert len(legs) == 3
+    for leg in legs:
+        assert line.hashes(again / leg) == line.hashes(out / leg), leg
 
 
 def test_damaged_index_of_a_comparison(fedmed, work):

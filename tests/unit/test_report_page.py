@@ -79,7 +79,8 @@ def test_a_comparison_says_what_it_should(compared: Path) -> None:
         "update holds NaN in 'enc1.weight' 4 to 6 every run",
         "case_17 image and label differ in spacing",
         "8.75 MB",
-        "fedmed compare prostate.yaml --strategies fedavg,ms_net --seeds 0,1",
+        "fedmed compare fedavg-0/study.lock.yaml --strategies fedavg,ms_net "
+        "--seeds 0,1",
         "2.13.0",
         "Empty in both",
     ):
@@ -179,6 +180,28 @@ def test_leaving_sites_out_is_explained(tmp_path: Path) -> None:
     assert "held out, never trained on" not in text
     assert "--leave-one-site-out" in text
     assert "fedbn (site unseen)" in text
+    command = "compare fedavg-0-without-a/study.lock.yaml --strategies fedavg,fedbn"
+    assert f"fedmed {command} --seeds 0 --leave-one-site-out" in text
+
+
+def test_repeating_names_the_lock_that_says_most(tmp_path: Path) -> None:
+    plan = folders.Plan(overlays=False, num_rounds=2)
+    folder = folders.write_comparison(
+        tmp_path / "c", ("separate", "fedavg"), (0,), leave_out=(None, "b"), plan=plan
+    )
+    index = json.loads((folder / "compare.json").read_text())
+    lock = folder / "runs/fedavg-0-without-b/study.lock.yaml"
+    lock.write_text(lock.read_text().replace("lr: 0.001", "lr: 0.001\n  mu: 0.5"))
+    runs = [run for run in index["runs"] if run["folder"] != "runs/fedavg-0"]
+    runs = [run for run in runs if run["folder"] != "runs/separate-0-without-b"]
+    (folder / "compare.json").write_text(json.dumps({**index, "runs": runs}))
+    command = "compare fedavg-0-without-b/study.lock.yaml 'split.held_out=[]'"
+    options = "--strategies separate,fedavg --seeds 0 --leave-one-site-out"
+    assert f"fedmed {command} {options}" in _page(folder).text
+    (folder / "compare.json").write_text(json.dumps(index))
+    text = _page(folder).text
+    assert "separate-0/study.lock.yaml --strategies separate,fedavg --seeds 0" in text
+    assert "fedavg-0-without-b/study.lock.yaml --strategies separate,fedavg" in text
 
 
 def test_slices_of_one_patient_on_both_sides_are_confessed(tmp_path: Path) -> None:
