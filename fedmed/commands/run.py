@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 
 from fedmed.checkpoint import Checkpoints
-from fedmed.errors import UsageError
+from fedmed.errors import ResumeError, UsageError
 from fedmed.progress import TerminalProgress
 from fedmed.run import RunResult, Silence, run_study
 from fedmed.runfolder import RunFolder, finite
@@ -65,9 +66,21 @@ def default_folder(study: Study) -> Path:
 
 
 def newest_folder(study: Study) -> Path:
-    """Find the run to resume when none is named."""
-    found = sorted(Path("runs").glob(f"{study.name}-*/study.lock.yaml"))
-    return found[-1].parent if found else default_folder(study)
+    """Find the run to resume when none is named.
+
+    Raises:
+        ResumeError: If there is none of this study.
+    """
+    # The name of another study may begin like this one's.
+    own = re.compile(rf"{re.escape(study.name)}-\d{{8}}-\d{{6}}")
+    locks = Path("runs").glob("*/study.lock.yaml")
+    found = sorted(lock.parent for lock in locks if own.fullmatch(lock.parent.name))
+    if not found:
+        raise ResumeError(
+            f"the folder runs holds no run of study {study.name!r}",
+            hint="Name the run's folder with --out, or start it without --resume.",
+        )
+    return found[-1]
 
 
 RUN_ENTRIES = ("study.lock.yaml", "run.lock", "checkpoints", "sites", "ledger")
@@ -86,6 +99,19 @@ def refuse_foreign(folder: Path, entries: tuple[str, ...]) -> None:
         raise UsageError(
             f"the folder {folder} holds other things",
             hint="Name a folder with --out that is new or empty.",
+        )
+
+
+def require_run(folder: Path) -> None:
+    """Keep `--resume` from starting anew where a name was mistyped.
+
+    Raises:
+        ResumeError: If the folder holds no run, not even one that died at once.
+    """
+    if not any((folder / name).exists() for name in RUN_ENTRIES):
+        raise ResumeError(
+            f"the folder {folder} holds no run",
+            hint="Name the run's folder with --out, or start it without --resume.",
         )
 
 
@@ -130,6 +156,8 @@ def run_command(
         overrides = (*overrides, f"transport.name={transport}")
     study = load_study(study_file, overrides)
     folder = out or (newest_folder(study) if resume else default_folder(study))
+    if resume:
+        require_run(folder)
     refuse_foreign(folder, RUN_ENTRIES)
     try:
         result = execute(study, folder, resume=resume, quiet=as_json)

@@ -57,7 +57,7 @@ def test_killed_at_any_write_it_ends_with_the_same_bytes(fedmed, work, method, w
     deaths = 0
     for _ in range(NUM_DEATHS):
         ended = fedmed(
-            "run", study, "--out", out, "--resume", "--no-report",
+            "run", study, "--out", out, *resume_if_begun(out), "--no-report",
             die_at=chance.randint(1, 45),
         )  # fmt: skip
         assert ended.code in (-signal.SIGKILL, 0), ended.err
@@ -77,7 +77,8 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
     chance = random.Random(f"instants {method}")
     deaths = 0
     while deaths < 2:
-        started = fedmed.start("run", study, "--out", out, "--resume", "--no-report")
+        resume = resume_if_begun(out)
+        started = fedmed.start("run", study, "--out", out, *resume, "--no-report")
         started.until((out / "checkpoints").is_dir)
         sleep(chance.uniform(0.0, 0.3))  # some are too late on a fast machine
         started.send(signal.SIGKILL)
@@ -85,6 +86,11 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(
     ended = fedmed("run", study, "--out", out, "--resume", "--no-report")
     assert ended.code == 0, ended.err
     assert line.hashes(out) == whole
+
+
+def resume_if_begun(out):
+    """A folder without a run cannot be resumed."""
+    return ("--resume",) if (out / "checkpoints").is_dir() else ()
 
 
 def sleep(seconds):
@@ -200,9 +206,41 @@ def test_resume_on_other_images_is_refused(fedmed, interrupted):
 
 def test_finished_run_may_be_resumed(fedmed, work, small):
     study, out = line.write_study(work), work / "run"
-    for _ in range(2):
-        assert fedmed("run", study, "--out", out, "--resume", "--no-report").code == 0
+    for resume in ((), ("--resume",)):
+        assert fedmed("run", study, "--out", out, *resume, "--no-report").code == 0
         assert line.hashes(out) == small
+
+
+@pytest.mark.parametrize("what", ["absent", "empty", "other"])
+def test_resume_of_a_folder_without_a_run_is_refused(fedmed, work, what):
+    """A mistyped name must not start a new run in silence."""
+    study, out = line.write_study(work), work / "run"
+    if what != "absent":
+        out.mkdir()
+    if what == "other":
+        (out / "thesis.tex").write_text("")
+    before = sorted(work.rglob("*"))
+    told = fedmed("run", study, "--out", out, "--resume").refused(6)
+    assert "holds no run" in told
+    assert "without --resume" in told
+    assert sorted(work.rglob("*")) == before
+
+
+def test_resume_without_a_folder_finds_its_own_study(fedmed, work):
+    """`small-b` begins like `small`, and its run is newer by name."""
+    study = line.write_study(work)
+    ended = fedmed("run", study, "--no-report", "--json", cwd=work)
+    own = work / ended.record["run"]
+    other = own.with_name("small-b-20990101-000000")
+    other.mkdir()
+    (other / "study.lock.yaml").write_bytes((own / "study.lock.yaml").read_bytes())
+    before = line.hashes_of_all(other)
+    resumed = fedmed("run", study, "--resume", "--no-report", "--json", cwd=work)
+    assert resumed.record["run"] == ended.record["run"]
+    assert line.hashes_of_all(other) == before
+    (own / "study.lock.yaml").unlink()
+    told = fedmed("run", study, "--resume", cwd=work).refused(6)
+    assert "no run of study 'small'" in told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
