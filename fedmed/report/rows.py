@@ -42,7 +42,8 @@ class Cell:
         num_missed: Organs shown by the label and missed entirely, all seeds together.
         num_organs: Organs shown by the label, all seeds together.
         area: Area under the ROC curve (two-class studies), else NaN.
-        gain: `mean` minus that of training alone at this site; NaN if not there.
+        gain: Mean minus that of training alone at this site, both over the cases that
+            the two have in common; NaN without any.
         is_unseen: True if the site took no part in training.
     """
 
@@ -131,9 +132,22 @@ def make_rows(comparison: Comparison) -> tuple[Row, ...]:
     Returns:
         Rows in order of first appearance, gains over training alone filled in.
     """
-    rows = [_row(entries) for entries in group_rows(comparison)]
-    alone = next((r for r in rows if r.strategy == ALONE and not r.is_left_out), None)
-    return tuple(_with_gain(row, alone) for row in rows)
+    groups = group_rows(comparison)
+    rows = [_row(entries) for entries in groups]
+    places = [
+        place
+        for place, row in enumerate(rows)
+        if row.strategy == ALONE and not row.is_left_out
+    ]
+    if not places:
+        return tuple(rows)
+    alone = places[0]
+    return tuple(
+        row
+        if place == alone
+        else _with_gain(row, rows[alone], (groups[place], groups[alone]))
+        for place, row in enumerate(rows)
+    )
 
 
 def result_scores(entry: Entry) -> tuple[CaseScore, ...]:
@@ -306,17 +320,49 @@ def _seed_means(entries: Sequence[Entry], sites: Sequence[str]) -> list[float]:
     return [mean_of_finite(found[site] for site in sites) for found in complete]
 
 
-def _with_gain(row: Row, alone: Row | None) -> Row:
+def _with_gain(
+    row: Row, alone: Row, entries: tuple[Sequence[Entry], Sequence[Entry]]
+) -> Row:
     """Fill in the gain over training alone, on the sites that both have."""
-    if alone is None or row is alone:
-        return row
+    own, others = (
+        [result_scores(entry) for entry in found if entry.run.cases]
+        for found in entries
+    )
     cells = {
-        site: replace(cell, gain=cell.mean - alone.cells[site].mean)
-        if site in alone.cells
-        else cell
+        site: replace(cell, gain=_gain(site, own, others))
+        if own and others
+        else replace(cell, gain=_gain_of_cells(cell, alone.cells.get(site)))
         for site, cell in row.cells.items()
     }
-    gain = mean_of_finite(
-        cells[site].gain for site in row.overall_sites if site in alone.cells
-    )
+    gain = mean_of_finite(cells[site].gain for site in row.overall_sites)
     return replace(row, cells=cells, overall=replace(row.overall, gain=gain))
+
+
+def _gain(
+    site: str,
+    own: Sequence[Sequence[CaseScore]],
+    alone: Sequence[Sequence[CaseScore]],
+) -> float:
+    """Compare on the cases that both have: other patients are no gain."""
+    shared = _cases_at(site, own) & _cases_at(site, alone)
+    return _mean_on(site, shared, own) - _mean_on(site, shared, alone)
+
+
+def _cases_at(site: str, runs: Sequence[Sequence[CaseScore]]) -> set[str]:
+    return {score.case_id for scores in runs for score in scores if score.site == site}
+
+
+def _mean_on(site: str, cases: set[str], runs: Sequence[Sequence[CaseScore]]) -> float:
+    """Mean over some cases of a site, then over runs; NaN without any."""
+    chosen = (
+        [score for score in scores if score.site == site and score.case_id in cases]
+        for scores in runs
+    )
+    return mean_of_finite(_cell(found, False).mean for found in chosen if found)
+
+
+def _gain_of_cells(cell: Cell, alone: Cell | None) -> float:
+    """Where single cases are not known, their number must at least agree."""
+    if alone is None or cell.num_cases != alone.num_cases:
+        return math.nan
+    return cell.mean - alone.mean

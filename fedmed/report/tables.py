@@ -146,7 +146,10 @@ def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:
         absent = [site for site in sites if site not in row.cells]
         if absent:
             notes.append(f"{row.label}: no result for {listing(absent)}.")
-    notes += [note for site in sites for note in _other_cases(site, rows)]
+    others = [note for site in sites for note in _other_cases(site, rows)]
+    if others and any(math.isfinite(row.overall.gain) for row in rows):
+        others.append("The gain over training alone is over the cases of both rows.")
+    notes += others
     return tuple(dict.fromkeys(notes))
 
 

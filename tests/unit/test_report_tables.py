@@ -166,3 +166,52 @@ def test_rows_from_other_cases_are_noted(tmp_path: Path) -> None:
     notes = comparison_table(folder).notes
     expected = "Site a: rows differ in the number of cases: 9 in x; 10 in separate."
     assert expected in notes
+
+
+def _keep_cases(cases: Path, site: str, numbers: range) -> None:
+    """Let only some cases of a site be in a run."""
+    kept = tuple(f",{site},case_{number:02d}," for number in numbers)
+    lines = cases.read_text().splitlines(keepends=True)
+    text = (x for x in lines if f",{site}," not in x or any(k in x for k in kept))
+    cases.write_text("".join(text))
+
+
+@pytest.fixture
+def unseen(tmp_path: Path) -> Path:
+    """`separate` with all sites, and `fedavg` without site a."""
+    plan = folders.Plan(overlays=False, num_rounds=4)
+    folder = folders.write_comparison(
+        tmp_path / "c", ("separate", "fedavg"), (0,), leave_out=(None, "a"), plan=plan
+    )
+    index = json.loads((folder / "compare.json").read_text())
+    index["runs"] = [
+        run
+        for run in index["runs"]
+        if (run["strategy"] == "separate") == (run["held_out"] is None)
+    ]
+    (folder / "compare.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_the_gain_over_alone_is_over_shared_cases_only(unseen: Path) -> None:
+    """Training alone tests on a part of the site, its left-out model on all of it."""
+    _keep_cases(unseen / "runs/separate-0/cases.csv", "a", range(3))
+    _, row = comparison_table(unseen).rows
+    alone = _column(unseen / "runs/separate-0", "a", "dice")
+    left_out = _column(unseen / "runs/fedavg-0-without-a", "a", "dice")
+    assert (len(alone), len(left_out)) == (3, 10)
+    assert row.cells["a"].mean == pytest.approx(left_out.mean())
+    expected = left_out[:3].mean() - alone.mean()
+    assert abs(expected - (left_out.mean() - alone.mean())) > 1e-3
+    assert row.cells["a"].gain == pytest.approx(expected)
+    assert row.overall.gain == pytest.approx(expected)
+    assert any("cases of both rows" in note for note in comparison_table(unseen).notes)
+
+
+def test_there_is_no_gain_without_shared_cases(unseen: Path) -> None:
+    _keep_cases(unseen / "runs/separate-0/cases.csv", "a", range(3))
+    _keep_cases(unseen / "runs/fedavg-0-without-a/cases.csv", "a", range(3, 10))
+    table = comparison_table(unseen)
+    assert math.isnan(table.rows[1].cells["a"].gain)
+    column = table.header.index("Gain over alone")
+    assert table.text_rows()[1][column] == "–"  # noqa: RUF001
