@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import typer
 
+from fedmed.checkpoint import Checkpoints
 from fedmed.commands.report import print_table
 from fedmed.commands.run import default_folder, execute, refuse_foreign
 from fedmed.errors import ConfigError, StorageError, UsageError
@@ -20,6 +22,8 @@ from fedmed.run import cache_folder, check_folder
 from fedmed.runfolder import RunFolder
 from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,15 +141,42 @@ def _run_leg(folder: Path, study: Study, number: str, as_json: bool) -> bool:
     run_folder = RunFolder(folder)
     if run_folder.summary_file.exists() and run_folder.model_file.exists():
         check_folder(run_folder, study, resume=True)
-        return True
+        if not _sites_without_result(run_folder, study):
+            return True
+        _forget_last_round(run_folder)
     titled = study.model_copy(update={"title": study.title})
     if not as_json:
         typer.echo(f"run {number}: {folder.name}", err=True)
     resume = run_folder.lock_file.exists()
     try:
-        return execute(titled, folder, resume=resume, quiet=as_json).finished
+        finished = execute(titled, folder, resume=resume, quiet=as_json).finished
     except KeyboardInterrupt:
         return False
+    lacking = _sites_without_result(run_folder, study) if finished else ()
+    if lacking:
+        logger.error(
+            "%s has no result for %s, which it held out; the same command tries again",
+            folder.name,
+            ", ".join(lacking),
+        )
+    return finished
+
+
+def _sites_without_result(run_folder: RunFolder, study: Study) -> tuple[str, ...]:
+    """Held-out sites that were to be tested and were not."""
+    strategy = load_strategy(study.strategy.name, study.strategy.options)
+    if "all" in strategy.keeps:
+        return ()  # no network leaves the sites, so there is none to test elsewhere
+    sites = run_folder.read_summary().get("sites", {})
+    return tuple(site for site in study.split.held_out if site not in sites)
+
+
+def _forget_last_round(run_folder: RunFolder) -> None:
+    """Let the last round, and with it the final evaluation, be run again."""
+    rounds = Checkpoints(run_folder.checkpoints).rounds()
+    if len(rounds) > 1:
+        name = f"round-{rounds[-1]:06d}.safetensors"
+        (run_folder.checkpoints / name).unlink()
 
 
 def _finish(folder: Path, *, as_json: bool) -> None:

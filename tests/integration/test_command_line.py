@@ -1,5 +1,6 @@
 """Every command as a user types it, on small data of every layout."""
 
+import hashlib
 import importlib
 import json
 import subprocess
@@ -322,6 +323,37 @@ def test_compare_holds_out_each_site_in_turn(fedmed, work):
         "fedavg-seed0-without-c",
         "separate-seed0",
     ]
+
+
+def test_compare_runs_a_leg_again_whose_held_out_site_has_no_result(fedmed, work):
+    """As if the left-out site had been away when it was to be evaluated."""
+    study, out = line.write_study(work, rounds=2), work / "unseen"
+    arguments = (
+        "compare", study, "--strategies", "separate,fedavg", "--leave-one-site-out",
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert fedmed(*arguments).code == 0
+    leg, other = out / "fedavg-seed0-without-b", out / "fedavg-seed0-without-a"
+    whole = line.hashes(leg)
+    summary = json.loads((leg / "summary.json").read_text())
+    summary["missing"] = {"b": "timeout"}
+    summary["held_out"] = None
+    del summary["sites"]["b"]
+    (leg / "summary.json").write_text(json.dumps(summary))
+    rows = (leg / "cases.csv").read_text().splitlines(keepends=True)
+    (leg / "cases.csv").write_text("".join(r for r in rows if ",b," not in r))
+    untouched = [
+        folder / "model.safetensors" for folder in (other, out / "separate-seed0")
+    ]
+    before = [path.stat().st_mtime_ns for path in untouched]
+    ended = fedmed(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    assert [path.stat().st_mtime_ns for path in untouched] == before
+    summary = json.loads((leg / "summary.json").read_text())
+    assert sorted(summary["held_out"]["sites"]) == ["b"]
+    assert summary["missing"] == {}
+    model = hashlib.sha256((leg / "model.safetensors").read_bytes()).hexdigest()
+    assert model == whole["model.safetensors"]
 
 
 def test_output_into_a_closed_pipe_is_no_error(work):
