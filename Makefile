@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 export FLWR_TELEMETRY_ENABLED=0
 export FLWR_DISABLE_UPDATE_CHECK=1
 export RAY_USAGE_STATS_ENABLED=0
-# Tests wait for other processes as much as they compute; four workers are plenty.
-JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
+# Two workers fit the smallest machine; Flower's and Ray's tests start processes too.
+JOBS ?= 2
 
 help: ## Print the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
