@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fedmed.metrics.classification import balanced_accuracy, roc_auc
+
 Row = Mapping[str, Any]
 
 _DISTANCES = ("assd_mm", "hd95_mm")
@@ -142,17 +144,14 @@ def _classified(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _balanced_accuracy(rows: Sequence[Row]) -> float:
-    recalls = []
-    for label in sorted({int(row["label"]) for row in rows}):
-        own = [row for row in rows if int(row["label"]) == label]
-        recalls.append(np.mean([int(row["prediction"]) == label for row in own]))
-    return float(np.mean(recalls)) if recalls else float("nan")
+    labels_B = np.array([int(row["label"]) for row in rows])
+    is_right_B = labels_B == [int(row["prediction"]) for row in rows]
+    return balanced_accuracy(is_right_B, labels_B)
 
 
 def _auc(rows: Sequence[Row]) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    labels = [int(row["label"]) for row in rows]
-    if set(labels) != {0, 1}:
+    labels_B = np.array([int(row["label"]) for row in rows])
+    if {*labels_B.tolist()} != {0, 1}:
         return float("nan")  # one class only, or more than two
-    return float(roc_auc_score(labels, [float(row["score"]) for row in rows]))
+    score_B = np.array([float(row["score"]) for row in rows])
+    return roc_auc(np.stack([1 - score_B, score_B], axis=1), labels_B)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from fedmed.case import UNKNOWN_LABEL
 from fedmed.errors import DataError
@@ -78,19 +77,33 @@ def score_classification(
         num_cases=len(labels_B),
         num_cases_per_class=tuple(count_L.tolist()),
         accuracy=float(is_right.mean()) if len(is_right) else float("nan"),
-        balanced_accuracy=_balanced_accuracy(is_right, labels_B),
-        roc_auc=float("nan") if missing else _roc_auc(probabilities_BL, labels_B),
+        balanced_accuracy=balanced_accuracy(is_right, labels_B),
+        roc_auc=float("nan") if missing else roc_auc(probabilities_BL, labels_B),
         roc_auc_reason=reason,
     )
 
 
-def _balanced_accuracy(is_right_B: np.ndarray, labels_B: np.ndarray) -> float:
-    """Average the recall over the classes that have cases."""
+def balanced_accuracy(is_right_B: np.ndarray, labels_B: np.ndarray) -> float:
+    """Average the recall over the classes that have cases; NaN without cases.
+
+    Args:
+        is_right_B: Whether each case was classified rightly, bool.
+        labels_B: Class indices.
+    """
     recalls = [is_right_B[labels_B == index].mean() for index in np.unique(labels_B)]
     return float(np.mean(recalls)) if recalls else float("nan")
 
 
-def _roc_auc(probabilities_BL: np.ndarray, labels_B: np.ndarray) -> float:
+def roc_auc(probabilities_BL: np.ndarray, labels_B: np.ndarray) -> float:
+    """Area under the ROC curve, of class 1 or the mean of one class against the rest.
+
+    Args:
+        probabilities_BL: Class probabilities, columns in label order.
+        labels_B: Class indices; every class and its rest must have a case.
+    """
+    # Here, because a run that is no classification never needs scikit-learn.
+    from sklearn.metrics import roc_auc_score
+
     num_classes = probabilities_BL.shape[1]
     areas = [
         roc_auc_score(labels_B == index, probabilities_BL[:, index])
