@@ -1,0 +1,1 @@
+"""Measurements: what a study costs, beside a bare loop and beside other frameworks."""
