@@ -1,7 +1,9 @@
 """Optimisers as values: state in, state out.
 
-The arithmetic is `torch.optim`'s; only the bookkeeping is ours, so that optimiser
-memory is a plain `State` that can be checkpointed, sent and compared.
+The arithmetic is torch's (the functions behind `torch.optim`, fused where it has
+them); only the bookkeeping is ours, so that optimiser memory is a plain `State` that
+can be checkpointed, sent and compared. The classes of `torch.optim` are not used: the
+first one made imports the compiler, which takes longer than torch itself.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from fedmed.message import State
 
@@ -22,6 +27,9 @@ _CLASSES: Mapping[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+_FUSED_DEVICES = ("cpu", "cuda")
+_CHUNK = 1 << 14
+"""Entries that torch adds up in one thread, whatever the number of threads."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,10 @@ class OptimizerSpec:
     eps: float = 1e-8
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make the torch optimiser for live parameters."""
+        """Make the torch optimiser for live parameters.
+
+        For comparisons with plain PyTorch; what trains is `step_in_place`.
+        """
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.name == "sgd":
             options["momentum"] = self.momentum
@@ -54,29 +65,118 @@ class OptimizerSpec:
         return _CLASSES[self.name](parameters, **options)
 
 
-def memory_of(optimizer: torch.optim.Optimizer, names: list[str]) -> State:
-    """Read an optimiser's memory as flat tensors "name/moment"."""
-    memory: State = {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for slot, value in slots.items():
-            if value is not None:
-                memory[f"{names[index]}|{slot}"] = torch.as_tensor(value).clone()
-    return memory
-
-
-def restore_memory(
-    optimizer: torch.optim.Optimizer, names: list[str], memory: State
+def step_in_place(
+    weights: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor | None],
+    spec: OptimizerSpec,
+    memory: State,
 ) -> None:
-    """Put memory read by `memory_of` back into a fresh optimiser."""
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    position = {name: index for index, name in enumerate(names)}
+    """Take one optimiser step, moving weights and memory where they lie.
+
+    Args:
+        weights: Floating-point tensors or live parameters.
+        gradient: By names of `weights`, of the same shape; others stand still, and
+            so do those whose gradient is None.
+        spec: The optimiser.
+        memory: Of the steps before, {} at the start; moved along. Entries are called
+            "name|slot", with torch's slots momentum_buffer, exp_avg, exp_avg_sq, step.
+    """
+    names = [name for name in sorted(gradient) if gradient[name] is not None]
+    if not names:
+        return
+    with torch.no_grad():
+        moved = [weights[name] for name in names]
+        grads = [_laid_out_as(gradient[name], weights[name]) for name in names]
+        if spec.name == "sgd":
+            _sgd_step(names, moved, grads, spec, memory)
+        else:
+            _adam_step(names, moved, grads, spec, memory)
+
+
+def _sgd_step(
+    names: list[str],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    spec: OptimizerSpec,
+    memory: State,
+) -> None:
+    buffers: list[Tensor | None] = [None] * len(names)
+    if spec.momentum:
+        # From zero, the first buffer becomes the gradient, as torch's does.
+        buffers = [
+            _slot(memory, f"{name}|momentum_buffer", weight)
+            for name, weight in zip(names, weights, strict=True)
+        ]
+    # On a CPU, plain SGD is one operation: torch's list of them has less ado.
+    is_plain = not spec.momentum and not spec.weight_decay and weights[0].is_cpu
+    sgd(
+        weights,
+        grads,
+        buffers,
+        fused=_can_fuse(weights) and not is_plain,
+        foreach=is_plain,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def _adam_step(
+    names: list[str],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    spec: OptimizerSpec,
+    memory: State,
+) -> None:
+    steps = [
+        memory.setdefault(f"{name}|step", torch.zeros((), device=weight.device))
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    means, squares = (
+        [
+            _slot(memory, f"{name}|{slot}", weight)
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        for slot in ("exp_avg", "exp_avg_sq")
+    )
+    function: Any = adam if spec.name == "adam" else adamw
+    function(
+        weights,
+        grads,
+        means,
+        squares,
+        [],
+        steps,
+        fused=_can_fuse(weights),
+        foreach=False,
+        amsgrad=False,
+        beta1=spec.betas[0],
+        beta2=spec.betas[1],
+        lr=spec.lr,
+        weight_decay=spec.weight_decay,
+        eps=spec.eps,
+        maximize=False,
+    )
+
+
+def memory_like(memory: State, weights: Mapping[str, Tensor]) -> State:
+    """Copy memory to where its weights are and as they are laid out.
+
+    Args:
+        memory: Entries "name|slot", from a file, another device or another run.
+        weights: Every name of `memory`.
+    """
+    copied: State = {}
     for key, value in memory.items():
         name, _, slot = key.rpartition("|")
-        slots.setdefault(position[name], {})[slot] = value.clone()
-    if slots:
-        content = optimizer.state_dict()
-        content["state"] = slots
-        optimizer.load_state_dict(content)
+        if slot == "step":
+            copied[key] = value.detach().to(weights[name].device, copy=True)
+        else:
+            copied[key] = torch.empty_like(weights[name].detach()).copy_(value)
+    return copied
 
 
 def descend(
@@ -94,16 +194,11 @@ def descend(
     Returns:
         New weights and new memory; the arguments are unchanged.
     """
-    names = sorted(gradient)
-    parameters = [nn.Parameter(weights[name].detach().clone()) for name in names]
-    for parameter, name in zip(parameters, names, strict=True):
-        parameter.grad = gradient[name].to(parameter.dtype)
-    optimizer = spec.build(parameters)
+    moved = {name: weights[name].detach().clone() for name in gradient}
     own = {key: m for key, m in memory.items() if key.rpartition("|")[0] in gradient}
-    restore_memory(optimizer, names, own)
-    optimizer.step()
-    moved = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
-    return {**weights, **moved}, {**memory, **memory_of(optimizer, names)}
+    own = memory_like(own, moved)
+    step_in_place(moved, gradient, spec, own)
+    return {**weights, **moved}, {**memory, **own}
 
 
 def clip(gradient: State, max_norm: float | None) -> State:
@@ -116,9 +211,40 @@ def clip(gradient: State, max_norm: float | None) -> State:
     return {name: g * (max_norm / total) for name, g in gradient.items()}
 
 
-def sum_of_squares(state: State) -> torch.Tensor:
-    """Sum of squared entries in float64, tensors in sorted name order."""
+def sum_of_squares(state: State) -> Tensor:
+    """Sum of squared entries in float64, tensors in sorted name order.
+
+    The order of the sum depends on names and shapes only, not on how tensors lie in
+    memory or how many threads there are.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for name in sorted(state):
-        total += state[name].double().square().sum().cpu()
+        flat = state[name].detach().reshape(-1)
+        pieces = torch.split(flat, _CHUNK) if flat.is_cpu else (flat,)
+        for piece in pieces:
+            total += piece.double().square_().sum().cpu()
     return total
+
+
+def _laid_out_as(gradient: Tensor | None, weight: Tensor) -> Tensor:
+    """Give a gradient the dtype, device and strides of its weight.
+
+    Torch's fused optimisers walk through memory and do not look at strides.
+    """
+    assert gradient is not None
+    alike = gradient.dtype == weight.dtype and gradient.device == weight.device
+    if alike and gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight.detach()).copy_(gradient)
+
+
+def _slot(memory: State, key: str, weight: Tensor) -> Tensor:
+    if key not in memory:
+        memory[key] = torch.zeros_like(weight)
+    return memory[key]
+
+
+def _can_fuse(weights: list[Tensor]) -> bool:
+    return all(
+        w.device.type in _FUSED_DEVICES and w.is_floating_point() for w in weights
+    )

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fedmed.message import SiteId, State
-from fedmed.optimizer import clip, descend
+from fedmed.optimizer import clip, memory_like, step_in_place
 from fedmed.payload import Gradient, Weights
 from fedmed.reduce import weighted_mean
 from fedmed.strategy import Outcome, Replies, Server, SiteContext
@@ -60,12 +59,8 @@ def local_gradient(
 
 def _descend_in_place(site: SiteContext, model: nn.Module, gradient: State) -> State:
     named = dict(model.named_parameters())
-    current = {name: named[name].detach() for name in gradient}
-    memory = dict(site.private.states.get(OPTIMIZER, {}))
-    moved, memory = descend(current, gradient, site.trainer.optimizer, memory)
-    with torch.no_grad():
-        for name, value in moved.items():
-            named[name].copy_(value)
+    memory = memory_like(site.private.states.get(OPTIMIZER, {}), named)
+    step_in_place(named, gradient, site.trainer.optimizer, memory)
     return memory
 
 

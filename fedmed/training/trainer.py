@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import SiteError
 from fedmed.message import State
-from fedmed.optimizer import OptimizerSpec, memory_of, restore_memory
+from fedmed.optimizer import OptimizerSpec, memory_like, step_in_place
 
 Precision = Literal["float32", "float64", "bfloat16"]
 DTYPES = {
@@ -67,10 +67,7 @@ class Trainer:
 
     def forward(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Mean loss of one batch, differentiable."""
-        images = batch.images.to(self.device, DTYPES[self.precision])
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        labels = batch.labels.to(self.device)
+        images, labels = self._sent(batch)
         with self._autocast():
             logits = model(images, site=self.site_id)
         return self.loss(logits, labels)
@@ -81,15 +78,13 @@ class Trainer:
         Raises:
             SiteError: If the loss is not finite.
         """
-        model.zero_grad(set_to_none=True)
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        _forget_gradients(named)
         loss = self.forward(model, batch)
         self._require_finite(loss)
         loss.backward()  # type: ignore[no-untyped-call]
-        gradient = {
-            name: p.grad.detach()
-            for name, p in model.named_parameters()
-            if p.grad is not None
-        }
+        gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
+        _forget_gradients(named)
         return gradient, float(loss.detach())
 
     def train(
@@ -110,28 +105,38 @@ class Trainer:
             penalty: Added to every step's loss (a proximal term).
             correction: Added to the gradient of the named parameters.
         """
-        named = dict(model.named_parameters())
-        names = sorted(named)
-        optimizer = self.optimizer.build([named[name] for name in names])
-        restore_memory(optimizer, names, memory or {})
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        memory = memory_like(memory or {}, named)
         losses = []
         for batch in batches:
-            optimizer.zero_grad(set_to_none=True)
+            _forget_gradients(named)
             loss = self.forward(model, batch)
             losses.append(loss.detach())
             total = loss if penalty is None else loss + penalty(model)
             total.backward()  # type: ignore[no-untyped-call]
-            for name, shift in (correction or {}).items():
-                if (grad := named[name].grad) is not None:
-                    grad.add_(shift.to(grad))
+            gradient = {name: p.grad for name, p in named.items()}
+            _add(gradient, correction or {})
             if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
-            optimizer.step()
+                nn.utils.clip_grad_norm_(named.values(), self.clip_norm)
+            step_in_place(named, gradient, self.optimizer, memory)
+        _forget_gradients(named)
         if not losses:
-            return TrainResult(float("nan"))
+            return TrainResult(float("nan"), memory)
+        # The only time the processor waits for a GPU.
         mean = torch.stack(losses).double().mean()
         self._require_finite(mean)
-        return TrainResult(float(mean), memory_of(optimizer, names), len(losses))
+        return TrainResult(float(mean), memory, len(losses))
+
+    def _sent(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """A batch on the device, images of two dimensions channels-last."""
+        is_flat = batch.images.dim() == 4
+        images = batch.images.to(
+            self.device,
+            DTYPES[self.precision],
+            non_blocking=True,
+            memory_format=torch.channels_last if is_flat else torch.preserve_format,
+        )
+        return images, batch.labels.to(self.device, non_blocking=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision != "bfloat16":
@@ -144,3 +149,14 @@ class Trainer:
                 f"site {self.site_id}: the training loss became {float(loss.detach())}",
                 hint="Lower train.optimizer.lr, or set train.clip_norm.",
             )
+
+
+def _forget_gradients(named: Mapping[str, nn.Parameter]) -> None:
+    for parameter in named.values():
+        parameter.grad = None
+
+
+def _add(gradient: Mapping[str, Tensor | None], correction: State) -> None:
+    for name, shift in correction.items():
+        if (grad := gradient.get(name)) is not None:
+            grad.add_(shift.to(grad))
