@@ -109,6 +109,7 @@ class Checkpoints:
         header = content["header"]
         if header["round"] != number:
             raise StorageError(f"checkpoint of round {number} holds another round")
+        self._known_scores[number] = header["score"]
         return Checkpoint(number, states, content["facts"], header["score"])
 
     def load_newest(self) -> tuple[Checkpoint | None, tuple[int, ...]]:
@@ -127,6 +128,7 @@ class Checkpoints:
                 return self.load(number), tuple(skipped)
             except StorageError as error:
                 logger.warning("checkpoint of round %d: %s", number, error.message)
+                self._known_scores[number] = None
                 skipped.append(number)
         if skipped:
             raise StorageError(
@@ -143,13 +145,14 @@ class Checkpoints:
         return self._folder / f"round-{number:06d}.safetensors"
 
     def _scores(self) -> dict[int, float | None]:
-        """Scores of the rounds on disk; a file is opened for it at most once."""
-        for number in set(self.rounds()) - set(self._known_scores):
+        """Scores of the rounds on disk; none that was saved or loaded is opened."""
+        rounds = self.rounds()
+        for number in set(rounds) - set(self._known_scores):
             try:
-                self._known_scores[number] = self.load(number).score
+                self.load(number)
             except StorageError:
                 self._known_scores[number] = None
-        return {number: self._known_scores[number] for number in self.rounds()}
+        return {number: self._known_scores[number] for number in rounds}
 
     def _prune(self, scores: Mapping[int, float | None]) -> None:
         wanted = {*sorted(scores)[-self._keep :], best_round(scores)}

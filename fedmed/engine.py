@@ -18,6 +18,7 @@ from fedmed.checkpoint import Checkpoint, Checkpoints
 from fedmed.errors import QuorumError, ResumeError, SiteError, WireError
 from fedmed.gate import Expectation, screen
 from fedmed.message import Answer, Message, SiteFailure, SiteId
+from fedmed.participation import draw
 from fedmed.payload import Metrics, Payload, expect, from_message
 from fedmed.runfolder import Observer, RunFolder
 from fedmed.strategy import (
@@ -59,6 +60,46 @@ class RoundFailedError(Exception):
     """Too few sites were left in one attempt at a round."""
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A round that is over.
+
+    Attributes:
+        server: The server after it.
+        record: Its line in rounds.jsonl.
+        rows: Its rows in cases.csv.
+        filed: Whether the sites filed what they keep, so that it can be checkpointed.
+    """
+
+    server: Server
+    record: dict[str, Any]
+    rows: list[Mapping[str, Any]]
+    filed: bool
+
+
+@dataclass
+class Kept:
+    """What the server knows of what the sites keep: after which round, and where.
+
+    Attributes:
+        rounds: Site -> the last round after which it kept something new.
+        unfiled: Sites whose newest state is in memory only.
+        tells: Site -> whether its last reply said that it keeps something.
+    """
+
+    rounds: dict[SiteId, int] = field(default_factory=dict)
+    unfiled: set[SiteId] = field(default_factory=set)
+    tells: dict[SiteId, bool] = field(default_factory=dict)
+
+    def note(self, number: int, sites: Iterable[SiteId], *, filed: bool) -> None:
+        """Note which sites kept something new after a round."""
+        for site in sites:
+            self.rounds[site] = number
+            self.unfiled.add(site)
+        if filed:
+            self.unfiled.clear()
+
+
 @dataclass
 class Engine:
     """Runs the rounds of one study.
@@ -68,11 +109,14 @@ class Engine:
         strategy: Its method.
         transport: Open transport to the hosts.
         folder: Where results go.
-        members: Training sites and their registered numbers of examples.
+        members: Training sites and their registered numbers of examples; a round is
+            for a draw of them if the study says so.
         evaluated: Every real site that is evaluated, training or held out.
         observer: Sees progress.
-        should_stop: Asked between rounds; True ends the run, resumable.
         columns: Columns of cases.csv.
+        score: Turns one site's validation rows into its score.
+        should_stop: Asked between rounds; True ends the run, resumable.
+        checkpoints: Of the run folder, if they were opened before.
     """
 
     study: Study
@@ -85,24 +129,29 @@ class Engine:
     columns: tuple[str, ...]
     score: Callable[[list[Mapping[str, Any]]], float]
     should_stop: Callable[[], bool] = lambda: False
+    checkpoints: Checkpoints | None = None
     _tokens: dict[SiteId, str] = field(default_factory=dict)
+    _kept: Kept = field(default_factory=Kept)
 
     def run(self, server: Server, best: float | None = None) -> tuple[Server, bool]:
         """Run all rounds after `server.round`; returns the server and "finished"."""
-        checkpoints = Checkpoints(self.folder.checkpoints)
+        checkpoints = self.checkpoints or Checkpoints(self.folder.checkpoints)
         if server.round == 0 and checkpoints.is_empty():
             self._save(checkpoints, server, None)
+        is_saved = True
         while server.round < self.study.rounds:
-            if self.should_stop():
+            if is_saved and self.should_stop():
                 return server, False
-            server, record, rows = self._round(server)
-            value = record["score"]
-            is_best = value is not None and (best is None or value > best)
-            best = value if is_best else best
-            self.folder.append_cases(self.columns, rows)
-            self.folder.append_round(record)
-            self._save(checkpoints, server, best, is_best=is_best)
-            self.observer.round_finished(record)
+            ended = self._round(server)
+            server, is_saved = ended.server, ended.filed
+            self.folder.append_cases(self.columns, ended.rows, sync=is_saved)
+            self.folder.append_round(ended.record, sync=is_saved)
+            if is_saved:
+                value = ended.record["score"]
+                is_best = value is not None and (best is None or value > best)
+                best = value if is_best else best
+                self._save(checkpoints, server, best, is_best=is_best)
+            self.observer.round_finished(ended.record)
         return server, True
 
     def _save(
@@ -118,9 +167,14 @@ class Engine:
             server.round, states, {"best": best}, score=best if is_best else None
         )
 
-    def _round(
-        self, server: Server
-    ) -> tuple[Server, dict[str, Any], list[Mapping[str, Any]]]:
+    def _files(self, number: int) -> bool:
+        """Whether a round is checkpointed: by its number, or because it is the last."""
+        every = self.study.checkpoint.every
+        if number == self.study.rounds or number % every == 0:
+            return True
+        return self.should_stop()
+
+    def _round(self, server: Server) -> Ended:
         number = server.round + 1
         started = time.monotonic()
         self.observer.round_started(number)
@@ -138,21 +192,17 @@ class Engine:
         else:
             raise _below_quorum(number, reason)
         after = replace(after, round=number)
-        rows = self._end_round(after, number, attempt, log)
+        filed = self._files(number)
+        rows = self._end_round(after, (number, attempt), log, files=filed)
         record = self._record(number, attempt, log, rows)
         record["seconds"] = round(time.monotonic() - started, 3)
-        return after, record, rows
+        return Ended(after, record, rows, filed)
 
     def _attempt(
         self, server: Server, number: int, attempt: int, log: RoundLog
     ) -> Server:
-        alive = tuple(member.site_id for member in self.members)
-        cohort = Cohort(
-            self.members,
-            steps=self._steps(),
-            round=number,
-            rng_seed=seeds.derive(self.study.seed, "strategy", number),
-        )
+        cohort = self._cohort(number)
+        alive = cohort.site_ids
         half: ServerHalf = self.strategy.run_round(server, cohort)
         try:
             request = next(half)
@@ -161,28 +211,41 @@ class Engine:
                 replies = self._exchange(
                     request, targets, (number, attempt), server, log
                 )
-                alive = tuple(
-                    s for s in alive if s not in {**log.refused, **log.failed}
-                )
-                self._require_quorum(alive, log)
+                lost = {*log.refused, *log.failed}
+                alive = tuple(site for site in alive if site not in lost)
+                self._require_quorum(len(alive), len(cohort.members), log)
                 request = half.send(replies)
         except StopIteration as end:
             result: Server = end.value
             return result
 
-    def _steps(self) -> int:
+    def _cohort(self, number: int) -> Cohort:
+        """The sites of a round: all that train, or the study's draw of them."""
+        study = self.study
+        drawn = draw(
+            self.members, study.sites_per_round, seed=study.seed, number=number
+        )
+        return Cohort(
+            drawn,
+            steps=self._steps(drawn),
+            round=number,
+            rng_seed=seeds.derive(study.seed, "strategy", number),
+            num_sites=len(self.members),
+        )
+
+    def _steps(self, members: tuple[Member, ...]) -> int:
         train = self.study.train
         if train.local_steps is not None:
             return train.local_steps
-        largest = max(member.num_examples for member in self.members)
+        largest = max(member.num_examples for member in members)
         return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
 
-    def _require_quorum(self, alive: tuple[SiteId, ...], log: RoundLog) -> None:
-        needed = math.ceil(self.study.tolerance.quorum * len(self.members) - 1e-9)
-        if len(alive) < max(1, needed):
+    def _require_quorum(self, num_alive: int, num_asked: int, log: RoundLog) -> None:
+        needed = math.ceil(self.study.tolerance.quorum * num_asked - 1e-9)
+        if num_alive < max(1, needed):
             problems = {**log.failed, **log.refused}
             raise RoundFailedError(
-                f"{len(alive)} of {len(self.members)} sites are usable, the quorum is "
+                f"{num_alive} of {num_asked} sites are usable, the quorum is "
                 f"{needed} ({told(problems)})"
             )
 
@@ -209,6 +272,7 @@ class Engine:
         log.refused.update(refused)
         for site, message in accepted.items():
             self._tokens[site] = str(sent[site].header["token"])
+            self._kept.tells[site] = bool(message.header.get("keeps", True))
             loss = message.header.get("values", {}).get("loss")
             if loss is not None:
                 log.losses[site] = float(loss)
@@ -225,6 +289,7 @@ class Engine:
             "round": number,
             "token": f"{number}.{attempt}.{exchange}",
             "after": self._tokens.get(site, ""),
+            "version": self._kept.rounds.get(site, 0),
             "values": {},
             "states": [],
         }
@@ -256,37 +321,55 @@ class Engine:
         return dict(accepted), dict(refused)
 
     def _end_round(
-        self, server: Server, number: int, attempt: int, log: RoundLog
+        self, server: Server, stamp: tuple[int, int], log: RoundLog, *, files: bool
     ) -> list[Mapping[str, Any]]:
-        """Let the sites file their private state and evaluate, in one exchange."""
-        last = number == self.study.rounds
-        due = last or number % self.study.evaluate.every == 0
-        splits = [] if not due else ["validation", "test"] if last else ["validation"]
+        """Let the sites file their private state and evaluate, in one exchange.
+
+        Asked are the sites that took part and keep something, at a checkpoint also
+        those that have not filed what they kept earlier, and all that are evaluated.
+        """
+        number = stamp[0]
+        splits = self._splits(number)
         # A site that was lost on the way has nothing to file: it is evaluated as it
         # was before the round, and its failure costs nobody the round.
         for site in {*log.refused, *log.failed}:
             self._tokens.pop(site, None)
-        targets = sorted({*self._tokens, *(self.evaluated if due else ())})
-        content: dict[str, Any] = {"splits": splits, "overlays": last}
+        keeping = {site for site in self._tokens if self._kept.tells[site]}
+        owing = self._kept.unfiled if files else set()
+        targets = sorted({*keeping, *owing, *(self.evaluated if splits else ())})
+        content: dict[str, Any] = {
+            "splits": splits,
+            "overlays": number == self.study.rounds,
+            "file": files,
+            "weights": server.shared if splits else {},
+        }
         sent = {
             site: self._message(
-                Exchange("end_round", (site,), {**content, "weights": server.shared}),
-                site,
-                (number, attempt),
-                log.exchanges,
+                Exchange("end_round", (site,), content), site, stamp, log.exchanges
             )
             for site in targets
         }
-        answers = self._deliver_again(sent, log)
+        needed = {*self._tokens, *owing}
+        answers = self._deliver_again(sent, needed, log)
         rows: list[Mapping[str, Any]] = []
         for site in sorted(answers):
+            if site in needed:
+                _require_answer(site, answers[site], number)
             rows += self._rows(site, answers[site], tuple(splits), number, log)
+        self._kept.note(number, keeping, filed=files)
+        log.exchanges += bool(sent)
         return rows
 
+    def _splits(self, number: int) -> list[str]:
+        """What is evaluated after a round."""
+        if number == self.study.rounds:
+            return ["validation", "test"]
+        return [] if number % self.study.evaluate.every else ["validation"]
+
     def _deliver_again(
-        self, sent: Mapping[SiteId, Message], log: RoundLog
+        self, sent: Mapping[SiteId, Message], needed: set[SiteId], log: RoundLog
     ) -> dict[SiteId, Answer]:
-        """Deliver the end of a round; ask again those who took part and failed.
+        """Deliver the end of a round; ask again those that are needed and failed.
 
         A site may file the same state twice, so asking again is harmless.
         """
@@ -298,7 +381,7 @@ class Engine:
                 for site, answer in answers.items()
                 if isinstance(answer, SiteFailure)
                 and not answer.fatal
-                and site in self._tokens
+                and site in needed
             }
             if not again:
                 break
@@ -321,12 +404,6 @@ class Engine:
     ) -> list[Mapping[str, Any]]:
         """The checked rows of one site; none, with the reason noted, if it failed."""
         if isinstance(answer, SiteFailure):
-            if site in self._tokens:
-                raise QuorumError(
-                    f"round {number}: site {site} could not end the round "
-                    f"({answer.reason}: {answer.detail})",
-                    hint="The last checkpoint is intact; go on with --resume.",
-                )
             why = f"{answer.reason} while evaluating: {answer.detail}"
             logger.error("round %d: site %s has no result: %s", number, site, why)
             if site not in log.refused:
@@ -369,7 +446,7 @@ class Engine:
             "failed": dict(sorted(log.failed.items())),
             "validation": validation or None,
             "score": sum(known) / len(known) if known else None,
-            "exchanges": log.exchanges + 1,
+            "exchanges": log.exchanges,
             "retries": attempt,
         }
 
@@ -455,6 +532,16 @@ def told(problems: Mapping[SiteId, str]) -> str:
         plain = why.removeprefix("raised: ").removeprefix(f"site {site}: ")
         by_reason.setdefault(plain, []).append(site)
     return "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason.items())
+
+
+def _require_answer(site: SiteId, answer: Answer, number: int) -> None:
+    """End the run if a site that took part, or still has to file, cannot do so."""
+    if isinstance(answer, SiteFailure):
+        raise QuorumError(
+            f"round {number}: site {site} could not end the round "
+            f"({answer.reason}: {answer.detail})",
+            hint="The last checkpoint is intact; go on with --resume.",
+        )
 
 
 def _below_quorum(number: int, reason: str) -> QuorumError:

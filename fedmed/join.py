@@ -51,6 +51,7 @@ def join(
     Raises:
         SiteError: If a site cannot take part; all of them are named.
         DataError: If one image lies at two sites, or no site has training examples.
+        ConfigError: If more sites are to be drawn each round than train.
     """
     sent = {site: Message("join", {"round": at_round}) for site in site_ids}
     answers = transport.exchange(sent, timeout_s=study.tolerance.timeout_s)
@@ -69,6 +70,7 @@ def join(
         for site in sorted(trains)
     )
     _require_examples(members)
+    _require_enough(study, real)
     return Joined(
         _common_task(real),
         members,
@@ -101,6 +103,16 @@ def _require_examples(members: tuple[Member, ...]) -> None:
             f"no training examples at {', '.join(empty) or 'any site'}",
             hint="Give the site more cases, hold it out (split.held_out), or leave it "
             "out (sites.include).",
+        )
+
+
+def _require_enough(study: Study, cards: Mapping[SiteId, Card]) -> None:
+    """Refuse a draw of more sites than train; one pooled site stands for all."""
+    number, asked = len(_training_sites(study, cards)), study.sites_per_round
+    if asked is not None and asked > number:
+        raise ConfigError(
+            f"sites_per_round is {asked}, but {number} site(s) train",
+            hint=f"Choose 1 to {number}, or leave it out for all sites.",
         )
 
 

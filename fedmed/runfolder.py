@@ -150,28 +150,32 @@ class RunFolder:
             return {}
         return dict(json.loads(self.summary_file.read_text()))
 
-    def append_round(self, record: Mapping[str, Any]) -> None:
-        """Append one round's record."""
-        _append(self.rounds_file, json.dumps(finite(record)) + "\n")
+    def append_round(self, record: Mapping[str, Any], *, sync: bool = True) -> None:
+        """Append one round's record; `sync` forces all of the file to disk."""
+        _append(self.rounds_file, json.dumps(finite(record)) + "\n", sync=sync)
 
     def append_cases(
-        self, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]
+        self,
+        columns: tuple[str, ...],
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        sync: bool = True,
     ) -> None:
-        """Append rows to `cases.csv`; writes the header first."""
+        """Append rows to `cases.csv`, its header first; `sync` as in `append_round`."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
         if not self.cases_file.exists() or self.cases_file.stat().st_size == 0:
             writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(row.get(name)) for name in columns})
-        _append(self.cases_file, buffer.getvalue())
+        _append(self.cases_file, buffer.getvalue(), sync=sync)
 
     def read_rounds(self) -> list[dict[str, Any]]:
         """Read the complete lines of `rounds.jsonl`."""
         if not self.rounds_file.exists():
             return []
         records = []
-        for line in self.rounds_file.read_text().splitlines():
+        for line in self.rounds_file.read_text(errors="replace").splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
@@ -184,12 +188,9 @@ class RunFolder:
         text = "".join(json.dumps(record) + "\n" for record in rounds)
         write_atomic(self.rounds_file, text.encode())
         if self.cases_file.exists():
-            lines = self.cases_file.read_text().splitlines(keepends=True)
-            kept = [
-                line
-                for line in lines[1:]
-                if line.endswith("\n") and int(line.partition(",")[0]) <= last_round
-            ]
+            text = self.cases_file.read_text(errors="replace")
+            lines = text.splitlines(keepends=True)
+            kept = [line for line in lines[1:] if _is_up_to(line, last_round)]
             # Without complete rows the file must go, so that the header is rewritten.
             content = "".join(lines[:1] + kept) if kept else ""
             write_atomic(self.cases_file, content.encode())
@@ -248,12 +249,22 @@ def _cell(value: Any) -> Any:
     return repr(float(value)) if isinstance(value, float) else value
 
 
-def _append(path: Path, text: str) -> None:
+def _is_up_to(line: str, last_round: int) -> bool:
+    """Whether a line of cases.csv is whole and of a round that counts.
+
+    What was never forced to disk may be anything after a power cut.
+    """
+    number = line.partition(",")[0]
+    return line.endswith("\n") and number.isdecimal() and int(number) <= last_round
+
+
+def _append(path: Path, text: str, *, sync: bool) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(
             f"{path.name} cannot be written: {error.strerror}",

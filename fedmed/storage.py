@@ -12,7 +12,9 @@ import hashlib
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +31,8 @@ CHECKSUM_KEY = "fedmed.sha256"
 _LEFTOVER = ".*.fedmed-tmp"
 _NO_DIGEST = "0" * 64
 _MAX_TENSORS = 10**7
+_LARGE = 2**22
+"""Bytes from which on a second thread that hashes pays."""
 _HINTS = {
     errno.ENOSPC: "Free some space on that disk; what was there before is intact.",
     errno.EDQUOT: "Your quota is used up; what was there before is intact.",
@@ -58,9 +62,21 @@ def write_atomic(
         StorageError: If the disk is full or the folder cannot be written.
     """
     chunks = [data] if isinstance(data, Buffer) else data
+    with _replaced(path, mode=mode, sync=sync) as file:
+        for chunk in chunks:
+            _write_all(file, chunk)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path, *, mode: int, sync: bool) -> Iterator[FileIO]:
+    """Give a temporary file that takes the name of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.fedmed-tmp")
     try:
-        _write_file(temporary, chunks, mode=mode, sync=sync)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            yield file
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         if sync:
             sync_folder(path.parent)
@@ -114,11 +130,30 @@ def write_state(
         )
     except ValueError as error:
         raise StorageError(f"{path.name} cannot hold this state: {error}") from error
+    with _replaced(path, mode=mode, sync=sync) as file:
+        digest = _write_and_hash(file, chunks)
+        place = len(chunks[0]) + _place_of_digest(bytes(chunks[1]))
+        os.pwrite(file.fileno(), digest.encode(), place)
+
+
+def _write_and_hash(file: FileIO, chunks: Sequence[Buffer]) -> str:
+    """Write chunks while another thread hashes them: each alone takes as long."""
+    if sum(map(len, chunks)) < _LARGE:
+        for chunk in chunks:
+            _write_all(file, chunk)
+        return _digest_of(chunks)
+    with ThreadPoolExecutor(1) as hasher:
+        digest = hasher.submit(_digest_of, chunks)
+        for chunk in chunks:
+            _write_all(file, chunk)
+        return digest.result()
+
+
+def _digest_of(chunks: Sequence[Buffer]) -> str:
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    chunks[1] = _with_digest(bytes(chunks[1]), _NO_DIGEST, digest.hexdigest())
-    write_atomic(path, chunks, mode=mode, sync=sync)
+    return digest.hexdigest()
 
 
 def read_state(path: Path) -> tuple[State, dict[str, str]]:
@@ -235,15 +270,10 @@ def storage_errors(name: str) -> Iterator[None]:
         raise _storage_error(Path(name), error) from None
 
 
-def _write_file(path: Path, chunks: Iterable[Buffer], *, mode: int, sync: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for chunk in chunks:
-            rest = memoryview(chunk).cast("B")
-            while len(rest):
-                rest = rest[file.write(rest) :]
-        if sync:
-            os.fsync(file.fileno())
+def _write_all(file: FileIO, chunk: Buffer) -> None:
+    rest = memoryview(chunk).cast("B")
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:
@@ -253,13 +283,13 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
     )
 
 
-def _with_digest(index: bytes, old: str, new: str) -> bytes:
-    """Swap the digest in an index; keys are sorted, its place is unique."""
+def _place_of_digest(index: bytes) -> int:
+    """Where the digest stands in an index; keys are sorted, its place is unique."""
     key = f'"{CHECKSUM_KEY}":"'.encode()
     place = index.index(key) + len(key)
-    if index[place : place + 64] != old.encode():
+    if index[place : place + 64] != _NO_DIGEST.encode():
         raise ValueError("its checksum is not where it should be")
-    return index[:place] + new.encode() + index[place + 64 :]
+    return place
 
 
 def _file_digest(data: bytes) -> str:

@@ -77,12 +77,20 @@ class Cohort:
         steps: Optimisation steps per round, per site.
         round: Number of the round, from 1.
         rng_seed: Seed for the strategy's own draws in this round.
+        num_sites: All training sites, of which the members may be a draw; 0 = these
+            members are all.
     """
 
     members: tuple[Member, ...]
     steps: int
     round: int
     rng_seed: int
+    num_sites: int = 0
+
+    def __post_init__(self) -> None:
+        """Count the members where nobody said how many sites there are."""
+        if not self.num_sites:
+            object.__setattr__(self, "num_sites", len(self.members))
 
     @property
     def site_ids(self) -> tuple[SiteId, ...]:

@@ -59,12 +59,15 @@ class SitesSection(OpenSection):
         root: Folder of the data; environment variables are expanded when used.
         include: Only these sites; empty = all.
         policy: Policy file, or None for the permissive policy of simulations.
+        ledger_digests: Whether the ledger holds a hash of the content of what leaves,
+            beside its kind, names, shapes and size; None: in deployments only.
     """
 
     dataset: str
     root: str | None = None
     include: tuple[str, ...] = ()
     policy: str | None = None
+    ledger_digests: bool | None = None
 
 
 class SplitSection(Section):
@@ -173,7 +176,8 @@ class TrainSection(Section):
         optimizer: Of the sites in `sync: round`, of the server in `sync: step`.
         optimizer_state: Whether a site's optimiser starts afresh each round.
         clip_norm: Largest gradient norm.
-        precision: float32, float64, or bfloat16 autocast.
+        precision: float32, float64, bfloat16 autocast, or auto: the faster of float32
+            and bfloat16 on this machine, by a measurement. The lock file holds which.
         augmentation: Options of `fedmed.training.augment.Augmentation`.
         threads: Torch threads per site, whatever the transport.
         device: "cpu", "cuda" or "auto".
@@ -187,7 +191,7 @@ class TrainSection(Section):
     optimizer: OptimizerSection = OptimizerSection()
     optimizer_state: Literal["reset", "keep"] = "reset"
     clip_norm: float | None = Field(None, gt=0)
-    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16", "auto"] = "float32"
     augmentation: Mapping[str, Any] = Field(default_factory=dict)
     threads: int = Field(1, ge=1)
     device: str = "cpu"
@@ -245,19 +249,36 @@ class ToleranceSection(Section):
     norm_factor: float = Field(100.0, gt=1)
 
 
+class CheckpointSection(Section):
+    """How much work a death may cost.
+
+    Attributes:
+        every: Rounds between checkpoints; the last round always has one. What comes
+            out does not depend on it, but only checkpointed rounds can be the best.
+    """
+
+    every: int = Field(1, ge=1)
+
+
 class TransportSection(OpenSection):
     """How exchanges travel; further keys are the transport's options."""
 
-    name: Literal["inprocess", "ray", "flower", "deployment"] = "inprocess"
+    name: Literal["inprocess", "workers", "ray", "flower", "deployment"] = "inprocess"
 
 
 class Study(Section):
-    """A complete study."""
+    """A complete study.
+
+    Attributes:
+        sites_per_round: Training sites that take part in a round, drawn anew each
+            round from the seed; None = all. Every site is evaluated all the same.
+    """
 
     name: str
     title: str = ""
     seed: int = 0
     rounds: int = Field(10, ge=1)
+    sites_per_round: int | None = Field(None, ge=1)
     sites: SitesSection
     split: SplitSection = SplitSection()
     preprocess: PreprocessSection = PreprocessSection()
@@ -266,6 +287,7 @@ class Study(Section):
     strategy: StrategySection = StrategySection()
     evaluate: EvaluateSection = EvaluateSection()
     tolerance: ToleranceSection = ToleranceSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     transport: TransportSection = TransportSection()
     cache: str | None = None
 

@@ -44,7 +44,8 @@ class Scaffold(Strategy):
 
     Exchanges: 1 per round (`sync: round`) or 1 per step (`sync: step`, K = 1). With
     every site present the control variates cancel in a mean of single steps, so
-    `sync: step` equals pooled SGD of step size eta_g eta_l.
+    `sync: step` equals pooled SGD of step size eta_g eta_l. With `sites_per_round` the
+    present ones are S, all training sites N.
 
     Leaves the site:
         Weights: shared entries; extra "control": the change of the control variate,
@@ -118,7 +119,7 @@ class Scaffold(Strategy):
             {site: reply.extra[_CONTROL] for site, reply in replies.items()},
             {site: weights[site] for site in replies},
         )
-        present = len(replies) / len(cohort.members)
+        present = len(replies) / cohort.num_sites
         control = {
             name: c + present * change[name]
             for name, c in server.memory[_CONTROL].items()
