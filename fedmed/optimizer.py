@@ -100,6 +100,9 @@ def _sgd_step(
     spec: OptimizerSpec,
     memory: State,
 ) -> None:
+    if not spec.momentum and not spec.weight_decay:
+        torch._foreach_add_(weights, grads, alpha=-spec.lr)
+        return
     buffers: list[Tensor | None] = [None] * len(names)
     if spec.momentum:
         # From zero, the first buffer becomes the gradient, as torch's does.
@@ -107,14 +110,12 @@ def _sgd_step(
             _slot(memory, f"{name}|momentum_buffer", weight)
             for name, weight in zip(names, weights, strict=True)
         ]
-    # On a CPU, plain SGD is one operation: torch's list of them has less ado.
-    is_plain = not spec.momentum and not spec.weight_decay and weights[0].is_cpu
     sgd(
         weights,
         grads,
         buffers,
-        fused=_can_fuse(weights) and not is_plain,
-        foreach=is_plain,
+        fused=_can_fuse(weights),
+        foreach=False,
         lr=spec.lr,
         momentum=spec.momentum,
         weight_decay=spec.weight_decay,

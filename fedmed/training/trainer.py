@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -81,11 +82,12 @@ class Trainer:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _forget_gradients(named)
         loss = self.forward(model, batch)
-        self._require_finite(loss)
+        value = float(loss.detach())
+        self._require_finite(value)
         loss.backward()  # type: ignore[no-untyped-call]
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
         _forget_gradients(named)
-        return gradient, float(loss.detach())
+        return gradient, value
 
     def train(
         self,
@@ -123,9 +125,9 @@ class Trainer:
         if not losses:
             return TrainResult(float("nan"), memory)
         # The only time the processor waits for a GPU.
-        mean = torch.stack(losses).double().mean()
+        mean = float(torch.stack(losses).double().mean())
         self._require_finite(mean)
-        return TrainResult(float(mean), memory, len(losses))
+        return TrainResult(mean, memory, len(losses))
 
     def _sent(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """A batch on the device, images of two dimensions channels-last."""
@@ -143,10 +145,10 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
 
-    def _require_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss.detach()).item():
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise SiteError(
-                f"site {self.site_id}: the training loss became {float(loss.detach())}",
+                f"site {self.site_id}: the training loss became {loss}",
                 hint="Lower train.optimizer.lr, or set train.clip_norm.",
             )
 
