@@ -28,12 +28,13 @@ import numpy as np
 
 from fedmed.case import UNKNOWN_LABEL
 from fedmed.errors import DataError
+from fedmed.metrics.masks import bounding_box
 from fedmed.metrics.overlap import dice_coefficient
 from fedmed.metrics.surface import (
     SurfaceDistances,
     check_spacing,
+    distances_in_box,
     image_diagonal_mm,
-    surface_distances,
 )
 
 Status = Literal["ok", "missed", "false_alarm", "absent"]
@@ -108,49 +109,90 @@ def score_case(
     """
     _check_shapes(prediction_IJK, label_IJK, region_IJK)
     check_spacing(spacing_mm, label_IJK.ndim)
-    known_IJK = label_IJK != UNKNOWN_LABEL
-    if region_IJK is not None:
-        known_IJK &= region_IJK != 0
-    _check_values("prediction", prediction_IJK[known_IJK], class_names)
-    _check_values("label", label_IJK[known_IJK], class_names)
+    known_IJK = _known(label_IJK, region_IJK)
+    for name, values_IJK in (("prediction", prediction_IJK), ("label", label_IJK)):
+        _check_values(name, values_IJK, known_IJK, class_names)
+    cut = _cut_out(prediction_IJK, label_IJK, known_IJK)
     return [
         _score_class(
-            (prediction_IJK == index) & known_IJK,
-            (label_IJK == index) & known_IJK,
-            known_IJK=known_IJK,
+            cut,
+            index,
+            class_name=class_names[index],
             spacing_mm=spacing_mm,
-            class_of_score=(index, class_names[index]),
+            diagonal_mm=image_diagonal_mm(label_IJK.shape, spacing_mm),
         )
         for index in sorted(class_names)
         if index != 0
     ]
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """The part of a case that holds every foreground voxel, one voxel around them.
+
+    Attributes:
+        prediction_IJK: Class indices, 0 where it is unknown.
+        label_IJK: Likewise.
+        known_IJK: bool; None: all is known.
+    """
+
+    prediction_IJK: np.ndarray
+    label_IJK: np.ndarray
+    known_IJK: np.ndarray | None
+
+
+def _known(label_IJK: np.ndarray, region_IJK: np.ndarray | None) -> np.ndarray | None:
+    """Mark the known voxels; None if all are."""
+    known_IJK: np.ndarray = label_IJK != UNKNOWN_LABEL
+    if region_IJK is not None:
+        known_IJK &= region_IJK != 0
+    return None if known_IJK.all() else known_IJK
+
+
+def _cut_out(
+    prediction_IJK: np.ndarray, label_IJK: np.ndarray, known_IJK: np.ndarray | None
+) -> _Cut:
+    """Cut the foreground out: the one time that the whole volume is walked."""
+    if known_IJK is not None:
+        prediction_IJK, label_IJK = prediction_IJK * known_IJK, label_IJK * known_IJK
+    occupied = (prediction_IJK != 0) | (label_IJK != 0)
+    box = bounding_box(occupied, margin=1) if occupied.any() else (slice(0),) * 3
+    return _Cut(
+        np.ascontiguousarray(prediction_IJK[box]),
+        np.ascontiguousarray(label_IJK[box]),
+        None if known_IJK is None else known_IJK[box],
+    )
+
+
 def _score_class(
-    prediction_IJK: np.ndarray,
-    label_IJK: np.ndarray,
+    cut: _Cut,
+    index: int,
     *,
-    known_IJK: np.ndarray,
+    class_name: str,
     spacing_mm: Sequence[float],
-    class_of_score: tuple[int, str],
+    diagonal_mm: float,
 ) -> ClassScore:
-    """Score one class from its masks, both empty outside the known voxels."""
+    """Score one class."""
+    prediction_IJK, label_IJK = cut.prediction_IJK == index, cut.label_IJK == index
     num_predicted = int(np.count_nonzero(prediction_IJK))
     num_labelled = int(np.count_nonzero(label_IJK))
     status = _status(num_predicted, num_labelled)
     if status == "ok":
-        distances = surface_distances(
-            prediction_IJK, label_IJK, spacing_mm=spacing_mm, known_IJK=known_IJK
+        box = bounding_box(prediction_IJK | label_IJK, margin=1)
+        prediction_IJK, label_IJK = prediction_IJK[box], label_IJK[box]
+        distances = distances_in_box(
+            prediction_IJK,
+            label_IJK,
+            spacing_mm=spacing_mm,
+            known=None if cut.known_IJK is None else cut.known_IJK[box],
         )
-    elif status == "absent":
-        distances = SurfaceDistances(*[float("nan")] * 4)
     else:
-        diagonal_mm = image_diagonal_mm(label_IJK.shape, spacing_mm)
-        distances = SurfaceDistances(*[diagonal_mm] * 4)
+        number = float("nan") if status == "absent" else diagonal_mm
+        distances = SurfaceDistances(*[number] * 4)
     voxel_ml = float(np.prod(spacing_mm)) / MM3_PER_ML
     return ClassScore(
-        class_index=class_of_score[0],
-        class_name=class_of_score[1],
+        class_index=index,
+        class_name=class_name,
         dice=dice_coefficient(prediction_IJK, label_IJK),
         assd_mm=distances.assd_mm,
         asd_mm_pred2gt=distances.asd_mm_pred2gt,
@@ -186,14 +228,33 @@ def _check_shapes(
 
 
 def _check_values(
-    name: str, values: np.ndarray, class_names: Mapping[int, str]
+    name: str,
+    values_IJK: np.ndarray,
+    known_IJK: np.ndarray | None,
+    class_names: Mapping[int, str],
 ) -> None:
+    """Refuse a known voxel that holds no class."""
     allowed = sorted({0, *class_names})
-    if values.dtype.kind in "biu" and np.isin(values, allowed).all():
-        return
-    strange = sorted(set(np.unique(values).tolist()) - set(allowed))[:5]
-    seen = f"holds {strange}" if strange else f"is {values.dtype}"
+    if values_IJK.dtype.kind in "biu":
+        if _lie_in_a_full_range(values_IJK, allowed):
+            return
+        if known_IJK is not None:
+            values_IJK = values_IJK[known_IJK]
+        if np.isin(values_IJK, allowed).all():
+            return
+    elif known_IJK is not None:
+        values_IJK = values_IJK[known_IJK]
+    strange = sorted(set(np.unique(values_IJK).tolist()) - set(allowed))[:5]
+    seen = f"holds {strange}" if strange else f"is {values_IJK.dtype}"
     raise DataError(
         f"The {name} {seen}; class indices {allowed} were expected.",
         hint="Give class indices, not probabilities, and name every class in the card.",
     )
+
+
+def _lie_in_a_full_range(values: np.ndarray, allowed: list[int]) -> bool:
+    """Say quickly that all values are among 0, 1, ..., the case nearly always."""
+    has_gaps = allowed != [*range(len(allowed))]
+    if has_gaps or values.size == 0:
+        return False
+    return int(values.min()) >= 0 and int(values.max()) <= allowed[-1]

@@ -43,9 +43,11 @@ def bounding_box(mask: np.ndarray, *, margin: int = 0) -> tuple[slice, ...]:
         (slice(1, 4, None),)
     """
     box = []
-    for axis, length in enumerate(mask.shape):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        occupied = np.flatnonzero(mask.any(axis=others))
+    rest: np.ndarray = mask
+    for length in mask.shape:
+        occupied = np.flatnonzero(rest.reshape(length, -1).any(axis=1))
         start, stop = int(occupied[0]), int(occupied[-1]) + 1
         box.append(slice(max(start - margin, 0), min(stop + margin, length)))
+        # Ever smaller: the whole mask is read only once or twice.
+        rest = np.asarray(rest.any(axis=0))
     return tuple(box)

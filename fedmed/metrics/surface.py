@@ -32,10 +32,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from fedmed.errors import DataError
 from fedmed.metrics.masks import bounding_box, check_masks
+from fedmed.metrics.nearest import Surface, nearest_mm, neighbourhood
 
 HAUSDORFF_PERCENTILE = 95.0
 
@@ -78,27 +78,55 @@ def surface_distances(
     """
     check_masks(prediction_IJK, label_IJK)
     check_spacing(spacing_mm, prediction_IJK.ndim)
-    if known_IJK is None:
-        known_IJK = np.ones(label_IJK.shape, dtype=np.bool_)
-    axes = _axes_with_extent(label_IJK.shape)
-    shape = tuple(label_IJK.shape[axis] for axis in axes)
-    spacing = [float(spacing_mm[axis]) for axis in axes]
-    known = known_IJK.reshape(shape)
-    prediction = prediction_IJK.reshape(shape) & known
-    label = label_IJK.reshape(shape) & known
-    for name, mask in (("prediction", prediction), ("label", label)):
+    if known_IJK is not None:
+        prediction_IJK = prediction_IJK & known_IJK
+        label_IJK = label_IJK & known_IJK
+    for name, mask in (("prediction", prediction_IJK), ("label", label_IJK)):
         if not mask.any():
             raise DataError(
                 f"The {name} is empty: it has no surface to measure from.",
                 hint="Use fedmed.metrics.case_scores, which says what that counts as.",
             )
     # Grown by one voxel, so that an unknown neighbour is still seen as such.
-    box = bounding_box(prediction | label, margin=1)
-    surface_of_prediction = _surface(prediction[box], known[box])
-    surface_of_label = _surface(label[box], known[box])
+    box = bounding_box(prediction_IJK | label_IJK, margin=1)
+    return distances_in_box(
+        prediction_IJK[box],
+        label_IJK[box],
+        spacing_mm=spacing_mm,
+        known=None if known_IJK is None else known_IJK[box],
+    )
+
+
+def distances_in_box(
+    prediction: np.ndarray,
+    label: np.ndarray,
+    *,
+    spacing_mm: Sequence[float],
+    known: np.ndarray | None = None,
+) -> SurfaceDistances:
+    """Measure as `surface_distances` does, on masks that are cut out already.
+
+    Args:
+        prediction: bool, at least one voxel True, none where it is unknown. Cut out
+            with a margin of one voxel around both masks, or up to the image's edge.
+        label: bool, likewise, same shape.
+        spacing_mm: Voxel size along each axis of the masks, mm.
+        known: bool, same box; None: all is known.
+
+    Returns:
+        Distances in mm.
+    """
+    axes = _axes_with_extent(label.shape)
+    shape = tuple(label.shape[axis] for axis in axes)
+    spacing = [float(spacing_mm[axis]) for axis in axes]
+    around = neighbourhood(spacing, shape)
+    surfaces = [
+        Surface.of(_surface(mask.reshape(shape), known, around.reach))
+        for mask in (prediction, label)
+    ]
     return _summarise(
-        _directed_mm(surface_of_prediction, surface_of_label, spacing),
-        _directed_mm(surface_of_label, surface_of_prediction, spacing),
+        nearest_mm(*surfaces, spacing_mm=spacing, around=around),
+        nearest_mm(*surfaces[::-1], spacing_mm=spacing, around=around),
     )
 
 
@@ -135,24 +163,49 @@ def _axes_with_extent(shape: Sequence[int]) -> list[int]:
     return [axis for axis, length in enumerate(shape) if length > 1] or [0]
 
 
-def _surface(mask: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Mark the voxels of a mask that touch known background or the image's edge."""
-    inner = ndimage.binary_erosion(mask | ~known, border_value=0)
-    surface: np.ndarray = mask & ~inner
-    if surface.any():
-        return surface
-    # The mask touches nothing but unknown voxels: their cut is all the surface it has.
-    cut: np.ndarray = mask & ~ndimage.binary_erosion(mask, border_value=0)
-    return cut
-
-
-def _directed_mm(
-    start: np.ndarray, goal: np.ndarray, spacing_mm: Sequence[float]
+def _surface(
+    mask: np.ndarray, known: np.ndarray | None, margin: tuple[int, ...]
 ) -> np.ndarray:
-    """Give the distance from each voxel of `start` to the nearest one of `goal`."""
-    to_goal = ndimage.distance_transform_edt(~goal, sampling=spacing_mm)
-    distances: np.ndarray = to_goal[start]
-    return distances
+    """Mark the voxels of a mask that touch known background or the image's edge.
+
+    Returns:
+        bool, grown by `margin` False voxels on each side of each axis.
+    """
+    framed = _framed(mask, margin)
+    # The mask may touch nothing but unknown voxels: then their cut is all it has.
+    cut: np.ndarray = framed & ~_inner(framed)
+    if known is None:
+        return cut
+    filled = _framed(mask | ~known.reshape(mask.shape), margin)
+    surface: np.ndarray = framed & ~_inner(filled)
+    return surface if surface.any() else cut
+
+
+def _framed(mask: np.ndarray, margin: tuple[int, ...]) -> np.ndarray:
+    """Put a frame of False voxels around a mask."""
+    shape = [n + 2 * m for n, m in zip(mask.shape, margin, strict=True)]
+    framed = np.zeros(shape, dtype=np.bool_)
+    ends = zip(margin, mask.shape, strict=True)
+    framed[tuple(slice(m, m + n) for m, n in ends)] = mask
+    return framed
+
+
+def _inner(framed: np.ndarray) -> np.ndarray:
+    """Mark the voxels whose neighbours across a face are all in the framed mask.
+
+    In C order a step along an axis is a shift of the whole array; the frame keeps it
+    from running into the next row.
+    """
+    flat = framed.ravel()
+    inner = np.zeros_like(flat)
+    steps = [stride // framed.itemsize for stride in framed.strides]
+    first, last = max(steps), flat.size - max(steps)
+    within = inner[first:last]
+    within[:] = True
+    for step in steps:
+        within &= flat[first + step : last + step]
+        within &= flat[first - step : last - step]
+    return inner.reshape(framed.shape)
 
 
 def _summarise(pred2gt_mm: np.ndarray, gt2pred_mm: np.ndarray) -> SurfaceDistances:
