@@ -20,7 +20,7 @@ from fedmed.networks.foreign import load_class
 from fedmed.optimizer import OptimizerSpec
 from fedmed.strategy import Strategy
 from fedmed.study import Study
-from fedmed.training.trainer import DTYPES, Trainer
+from fedmed.training.trainer import DTYPES, Precision, Trainer
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
             in_channels=task.num_channels * section.slices,
             num_classes=len(task.class_names),
             seed=seeds.derive(study.seed, "network"),
-            dtype=DTYPES[study.train.precision],
+            dtype=DTYPES[settled_precision(study)],
             **options,
         )
 
@@ -179,5 +179,35 @@ def build_trainer(study: Study, site_id: SiteId) -> Trainer:
         site_id=site_id,
         clip_norm=train.clip_norm,
         device=resolve_device(train.device),
-        precision=train.precision,
+        precision=settled_precision(study),
     )
+
+
+def settled_precision(study: Study) -> Precision:
+    """Read the precision of a study that is about to compute.
+
+    Raises:
+        ConfigError: If it is still "auto"; see `fedmed.training.precision`.
+    """
+    if study.train.precision == "auto":
+        raise ConfigError(
+            "train.precision is auto, and nobody has measured which is faster here",
+            hint="Set train.precision: float32, or bfloat16.",
+        )
+    return study.train.precision
+
+
+def limit_gpu_memory(device: str, fraction: float) -> None:
+    """Cap what this process may take of a GPU, so that several share one.
+
+    Args:
+        device: As `resolve_device` gives it; nothing happens on a CPU.
+        fraction: Share of the GPU's memory, in (0, 1].
+
+    Raises:
+        ConfigError: If the fraction is none.
+    """
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"share {fraction} of a GPU's memory; expected in (0, 1]")
+    if device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device))

@@ -10,7 +10,14 @@ from fedmed.networks.classifier import Classifier
 from fedmed.networks.unet import UNet
 from fedmed.resolve import load_strategy
 from fedmed.study import study_from_dict
-from fedmed.task import Task, build_model, check_fit, example_dims
+from fedmed.task import (
+    Task,
+    build_model,
+    build_trainer,
+    check_fit,
+    example_dims,
+    limit_gpu_memory,
+)
 
 OUTLINES = Task("segmentation", ("background", "organ"), 1, 3)
 FINDINGS = Task("classification", ("no", "yes"), 1, 2)
@@ -135,3 +142,18 @@ def test_a_monai_network_without_dimensions_is_given_none():
     build({"name": name, "mode": "image", "hidden_channels": (4,)}, FINDINGS)
     with pytest.raises(ConfigError, match="DenseNet121"):
         build({"name": "monai:DenseNet12l", "mode": "image"}, FINDINGS)
+
+
+def test_a_precision_that_nobody_has_settled_is_refused():
+    undecided = study({**SIZES}, train={"precision": "auto"})
+    with pytest.raises(ConfigError, match="nobody has measured"):
+        build_trainer(undecided, "a")
+    with pytest.raises(ConfigError, match="nobody has measured"):
+        build_model(undecided, OUTLINES, load_strategy("fedavg", {}))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
+def test_a_share_of_a_gpu_is_a_share(fraction):
+    with pytest.raises(ConfigError, match="expected in"):
+        limit_gpu_memory("cpu", fraction)
+    limit_gpu_memory("cpu", 0.5)
