@@ -13,6 +13,7 @@ import inspect
 import os
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -182,6 +183,7 @@ def _check_option_names(module: ModuleType, options: Mapping[str, Any]) -> None:
 
 
 def _refuse_twins(opened: tuple[SourceSite, ...]) -> None:
-    names = [site.site_id for site in opened]
-    if len(set(names)) < len(names):
-        raise DataError(f"two sites have one name: {', '.join(sorted(names))}")
+    counts = Counter(site.site_id for site in opened)
+    if len(counts) < len(opened):
+        twins = sorted(name for name, count in counts.items() if count > 1)
+        raise DataError(f"two sites have one name: {', '.join(twins)}")

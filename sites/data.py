@@ -6,18 +6,19 @@ says where the files are.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fedmed.case import UNKNOWN_LABEL, DatasetCard, SourceSite
 from fedmed.errors import ConfigError, DataError
 from fedmed.imaging.cache import PreparedCache, prepare_cases
-from fedmed.imaging.prepared_case import PreparedCase
+from fedmed.imaging.prepared_case import PreparedCase, known_slices
 from fedmed.imaging.preprocess import Preprocessing
 from fedmed.message import SiteId
 from fedmed.study import Study, expand
@@ -26,6 +27,9 @@ from sites.catalogue import open_dataset
 from sites.splits import read_assignment, split_by_subject
 
 SPLITS = ("train", "validation", "test")
+
+MAX_NAMED = 20
+"""Sites that a message names."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,77 @@ def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite
     root = expand(section.root) if section.root else None
     card, found = open_dataset(section.dataset, root, options)
     check_fit(study, Task.of(card))
-    known = [site.site_id for site in found]
+    known = {site.site_id for site in found}
     for name in (*section.include, *study.split.held_out):
         if name not in known:
             raise ConfigError(
-                f"the study names site {name!r}, the data set has {', '.join(known)}"
+                f"the study names site {name!r}, the data set has {_shown(known)}"
             )
     if section.include:
-        found = tuple(s for s in found if s.site_id in section.include)
+        included = set(section.include)
+        found = tuple(site for site in found if site.site_id in included)
     if not found:
         raise DataError(f"data set {section.dataset!r} holds no site")
     return card, tuple(sorted(found, key=lambda site: site.site_id))
+
+
+def _shown(names: Iterable[str]) -> str:
+    """Name sites in a message, which a thousand of them would drown."""
+    ordered = sorted(names)
+    rest = len(ordered) - MAX_NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(ordered[:MAX_NAMED]) + more
+
+
+class SiteList:
+    """The sites of a study, listed once and found by name.
+
+    What serves many sites in one process makes one of these and opens each site from
+    it: listing a data set again for each of its sites costs the square of their number.
+
+    Args:
+        study: The study.
+        cache: Folder of prepared cases.
+    """
+
+    def __init__(self, study: Study, cache: Path) -> None:
+        self._study = study
+        self._cache = cache
+
+    @functools.cached_property
+    def _listed(self) -> tuple[DatasetCard, dict[SiteId, SourceSite]]:
+        card, found = list_sites(self._study, self._cache)
+        return card, {site.site_id: site for site in found}
+
+    @property
+    def card(self) -> DatasetCard:
+        """What the data set is."""
+        return self._listed[0]
+
+    @property
+    def sources(self) -> tuple[SourceSite, ...]:
+        """The study's sites in sorted order."""
+        return tuple(self._listed[1].values())
+
+    def source(self, site_id: SiteId) -> SourceSite:
+        """Find one site.
+
+        Raises:
+            DataError: If there is none of this name.
+        """
+        source = self._listed[1].get(site_id)
+        if source is None:
+            raise DataError(f"the data set has no site {site_id!r}")
+        return source
+
+    def open(self, site_id: SiteId) -> SiteData:
+        """Open one site: read, check, prepare and split its cases.
+
+        Raises:
+            DataError: If the site does not exist or has no usable case.
+        """
+        source = self.source(site_id)
+        return prepare_site(self._study, self.card, source, self._cache)
 
 
 def open_site(study: Study, site_id: SiteId, cache: Path) -> SiteData:
@@ -88,11 +152,7 @@ def open_site(study: Study, site_id: SiteId, cache: Path) -> SiteData:
     Raises:
         DataError: If the site does not exist or has no usable case.
     """
-    card, found = list_sites(study, cache)
-    source = next((site for site in found if site.site_id == site_id), None)
-    if source is None:
-        raise DataError(f"the data set has no site {site_id!r}")
-    return prepare_site(study, card, source, cache)
+    return SiteList(study, cache).open(site_id)
 
 
 def prepare_site(
@@ -170,7 +230,7 @@ def _read_table(file: str, site_id: SiteId) -> dict[str, str]:
         ) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowView:
     """A table's row in the words of `fedmed.training.examples`."""
 
@@ -191,7 +251,7 @@ class RowView:
         return self.case.class_label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SliceView:
     """A case of which only some slices are known: a part of one volume.
 
@@ -202,6 +262,9 @@ class SliceView:
     case: AnyCase
     first_fraction: float
     last_fraction: float
+
+    cut: ClassVar[None] = None
+    """What was measured of the whole case says nothing of a part."""
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the case's."""
@@ -217,15 +280,23 @@ class SliceView:
         """Label on the case's own grid."""
         return self._masked(self.case.label_native_IJK)
 
+    @property
+    def known_slices(self) -> tuple[int, ...] | None:
+        """The slices of this part on the network's grid."""
+        known = self.case.known_slices
+        return None if known is None else tuple(self._part(known))
+
+    def _part(self, known: Sequence[int]) -> Sequence[int]:
+        # Only labelled slices are divided, or a part could end up without any.
+        first = math.floor(self.first_fraction * len(known) + 0.5)
+        last = math.floor(self.last_fraction * len(known) + 0.5)
+        return known[first:last]
+
     def _masked(self, label_IJK: np.ndarray | None) -> np.ndarray | None:
         if label_IJK is None:
             return None
-        # Only labelled slices are divided, or a part could end up without any.
-        known = np.flatnonzero((label_IJK != UNKNOWN_LABEL).any(axis=(0, 1)))
-        first = math.floor(self.first_fraction * len(known) + 0.5)
-        last = math.floor(self.last_fraction * len(known) + 0.5)
+        mine = self._part(known_slices(label_IJK) or ())
         masked = np.full_like(label_IJK, UNKNOWN_LABEL)
-        mine = known[first:last]
         masked[:, :, mine] = label_IJK[:, :, mine]
         return masked
 

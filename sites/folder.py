@@ -278,6 +278,7 @@ def _open_site(
         suffixes=options.mask_suffixes,
         unlabelled=options.unlabelled,
     )
+    version = reader_version("1", options)
     refs = [
         CaseRef(
             case_id=stem,
@@ -291,7 +292,7 @@ def _open_site(
                 labels=options.labels,
                 merge=options.merge,
             ),
-            read_version=reader_version("1", options),
+            read_version=version,
         )
         for stem, (image, mask) in pairs.files.items()
     ]

@@ -76,11 +76,13 @@ def list_images(folder: Path, root: Path) -> Listing:
     """
     files: dict[str, Path] = {}
     problems: dict[str, str] = {}
+    # Following all links costs a system call per folder above a file: once is enough.
+    folder_is_inside = is_inside(folder, root)
     for path in sorted(folder.iterdir()):
         stem, ending = split_ending(path.name)
         if path.name.startswith(".") or path.name.lower().endswith(COMPANIONS):
             continue
-        if not is_inside(path, root):
+        if not (is_inside(path, root) if path.is_symlink() else folder_is_inside):
             problems[stem] = f"{path.name} {OUTSIDE}"
         elif path.is_dir():
             continue

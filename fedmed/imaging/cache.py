@@ -3,7 +3,8 @@
 An entry is a folder of `.npy` files and a `meta.json`; it appears whole (one rename) or
 not at all. Its name is a hash of the input files' content, the preprocessing settings,
 the reader and its version, and `CACHE_FORMAT`: a changed scan or setting is another
-entry, never a stale one.
+entry, never a stale one. What every start asks of every case (its slices with a known
+label, how much of its organs is cut off) is measured once and stands in `meta.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,13 @@ from fedmed.imaging.file_hashes import HASH_BYTES, FileHashes
 from fedmed.imaging.prepared_case import (
     PreparedCase,
     forget_open_arrays,
+    held_row,
     open_entry,
     write_entry,
 )
 from fedmed.imaging.preprocess import Preprocessing, prepare
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Raise when `prepare`, a reader or the layout of an entry gives other numbers."""
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +52,14 @@ Progress = Callable[[int, int], None]
 """Called with the number of cases done and of all cases."""
 
 _SHOWN_REASONS = 3
+
+MAX_THREADS = 4
+"""Cases that one process prepares at the same time, at most."""
+
+MAX_PACKED_BYTES = 256 << 20
+"""What the files of the cases that are prepared at once may hold, about."""
+
+_WORTH_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -86,14 +97,15 @@ class PreparedCache:
                 (self._folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise _storage_error(error) from None
-        self._hashes = FileHashes(self._folder)
+        self._hashes = FileHashes.of(self._folder)
+        self._hashes.refresh()
 
     def open(self, ref: CaseRef, preprocessing: Preprocessing) -> PreparedCase:
         """Give the prepared case, from its entry or by reading and preparing it.
 
         Args:
             ref: The case. Its files are stat'ed, and hashed if they look changed. One
-                without files is read each time.
+                without files is read each time; a row without files is not stored.
             preprocessing: The settings.
 
         Returns:
@@ -103,18 +115,49 @@ class PreparedCache:
             CaseError: If the case cannot be used.
             StorageError: If the entry cannot be written.
         """
-        content = self._content(ref)
-        key = _key(ref, preprocessing, content)
-        entry = self._folder / "entries" / key[:2] / key
-        case = open_entry(entry, ref, content=content)
-        if case is not None:
-            return case
+        if not ref.files:
+            made = _read(ref)
+            content = _hash_of_case(made)
+            if made.image.ndim == 1:
+                return held_row(prepare(made, preprocessing), ref, content=content)
+        else:
+            content = self._content(ref)
+        found = self._found(ref, preprocessing, content)
+        return found or self._built(ref, preprocessing, content)
+
+    def find(self, ref: CaseRef, preprocessing: Preprocessing) -> PreparedCase | None:
+        """Give the prepared case if that is quick: no image is read.
+
+        Args:
+            ref: The case.
+            preprocessing: The settings.
+
+        Returns:
+            None if `open` would have to prepare it.
+
+        Raises:
+            CaseError: If a file cannot be read.
+        """
+        if not ref.files:
+            return None
+        return self._found(ref, preprocessing, self._content(ref))
+
+    def _found(
+        self, ref: CaseRef, preprocessing: Preprocessing, content: str
+    ) -> PreparedCase | None:
+        return open_entry(self._entry(ref, preprocessing, content), ref, content)
+
+    def _built(
+        self, ref: CaseRef, preprocessing: Preprocessing, content: str
+    ) -> PreparedCase:
+        entry = self._entry(ref, preprocessing, content)
+        lock = self._folder / "locks" / f"{entry.parent.name}.lock"
         try:
-            with FileLock(self._folder / "locks" / f"{key[:2]}.lock"):
-                case = open_entry(entry, ref, content=content)
+            with FileLock(lock):
+                case = open_entry(entry, ref, content)
                 if case is None:
                     self._build(entry, ref, preprocessing, content)
-                    case = open_entry(entry, ref, content=content)
+                    case = open_entry(entry, ref, content)
         except OSError as error:
             raise _storage_error(error) from None
         if case is None:
@@ -123,6 +166,10 @@ class PreparedCache:
                 hint="Check the disk that holds the cache.",
             )
         return case
+
+    def _entry(self, ref: CaseRef, preprocessing: Preprocessing, content: str) -> Path:
+        key = _key(ref, preprocessing, content)
+        return self._folder / "entries" / key[:2] / key
 
     def is_current(self, ref: CaseRef, case: PreparedCase) -> bool:
         """Tell whether the files still hold what the case was prepared from.
@@ -207,10 +254,16 @@ def _key(ref: CaseRef, preprocessing: Preprocessing, content: str) -> str:
         "case_id": ref.case_id,
         "reader": _reader_name(ref.read),
         "read_version": ref.read_version,
-        "preprocessing": _as_floats(asdict(preprocessing)),
+        "preprocessing": _settings(preprocessing),
     }
     text = json.dumps(facts, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=HASH_BYTES).hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def _settings(preprocessing: Preprocessing) -> str:
+    """Write settings down; every case of a site asks for the same."""
+    return json.dumps(_as_floats(asdict(preprocessing)), sort_keys=True)
 
 
 def _as_floats(value: Any) -> Any:
@@ -269,11 +322,12 @@ def prepare_cases(
     opened: list[PreparedCase] = []
     quarantined = dict(problems or {})
     try:
-        for done, ref in enumerate(sorted(refs, key=lambda r: r.case_id), start=1):
-            try:
-                opened.append(cache.open(ref, preprocessing))
-            except CaseError as error:
-                quarantined[ref.case_id] = str(error)
+        results = _open_all(sorted(refs, key=lambda r: r.case_id), preprocessing, cache)
+        for done, (ref, result) in enumerate(results, start=1):
+            if isinstance(result, CaseError):
+                quarantined[ref.case_id] = str(result)
+            else:
+                opened.append(result)
             if progress is not None:
                 progress(done, len(refs))
     finally:
@@ -287,6 +341,54 @@ def prepare_cases(
         cases=tuple(c for c in opened if c.case_id not in duplicates),
         quarantined=quarantined,
     )
+
+
+def _open_all(
+    refs: Sequence[CaseRef], preprocessing: Preprocessing, cache: PreparedCache
+) -> Iterator[tuple[CaseRef, PreparedCase | CaseError]]:
+    """Open every case, in order; those that must be read and prepared in threads."""
+    found = [_caught(cache.find, ref, preprocessing) for ref in refs]
+    missing = [ref for ref, case in zip(refs, found, strict=True) if case is None]
+    opened: Iterator[PreparedCase | CaseError | None]
+    with ThreadPoolExecutor(_num_threads(missing)) as pool:
+        if sum(bool(ref.files) for ref in missing) < _WORTH_THREADS:
+            opened = (_caught(cache.open, ref, preprocessing) for ref in missing)
+        else:
+            opened = pool.map(
+                lambda ref: _caught(cache.open, ref, preprocessing), missing
+            )
+        try:
+            for ref, case in zip(refs, found, strict=True):
+                result = next(opened) if case is None else case
+                assert result is not None  # open gives a case or raises
+                yield ref, result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _caught(
+    call: Callable[[CaseRef, Preprocessing], PreparedCase | None],
+    ref: CaseRef,
+    preprocessing: Preprocessing,
+) -> PreparedCase | CaseError | None:
+    try:
+        return call(ref, preprocessing)
+    except CaseError as error:
+        return error
+
+
+def _num_threads(refs: Sequence[CaseRef]) -> int:
+    """Unpacking and writing leave Python's lock; memory bounds how many go at once."""
+    sizes = [_num_bytes(ref) for ref in refs]
+    room = MAX_PACKED_BYTES // max([1, *sizes])
+    return max(1, min(MAX_THREADS, room, os.cpu_count() or 1))
+
+
+def _num_bytes(ref: CaseRef) -> int:
+    try:
+        return sum(file.stat().st_size for file in ref.files)
+    except OSError:
+        return 0
 
 
 def changed_cases(

@@ -254,6 +254,9 @@ def cut_fraction(case: HasLabels) -> float:
         In [0, 1]; 0 without a label, and where nothing is cropped. Resampling alone
         moves it by a few hundredths.
     """
+    known = getattr(case, "cut", None)
+    if known is not None:  # measured when the case was prepared
+        return float(known)
     geometry = case.geometry
     label, native = case.label_IJK, case.label_native_IJK
     if geometry is None or label is None or native is None:

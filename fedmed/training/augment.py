@@ -120,6 +120,8 @@ def augment(
 def _flip(
     image: Tensor, label: Tensor, augmentation: Augmentation, seed: int
 ) -> tuple[Tensor, Tensor]:
+    if not augmentation.flip_axes:
+        return image, label
     mirrored = numpy_rng(seed, "flip").random(len(AXES)) < 0.5
     axes = [
         axis

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,6 +81,14 @@ class Batch:
     labels: Tensor
 
 
+class _Order(NamedTuple):
+    """The order of the examples in one epoch of one stream."""
+
+    seed: int
+    epoch: int
+    numbers: np.ndarray
+
+
 class ExampleIndex:
     """The training examples of a site.
 
@@ -129,8 +137,10 @@ class ExampleIndex:
         self.foreground_fraction = foreground_fraction
         self.augmentation = augmentation
         self.examples = _list_examples(self.cases, mode, patches_per_case)
+        self._orders: tuple[_Order, ...] = ()
+        self._table: tuple[Tensor, Tensor] | None = None
         self._positions: dict[tuple[int, bool], np.ndarray] = {}
-        if not self.examples:
+        if not len(self.examples):
             raise DataError(
                 f"no training example of mode {mode!r} in {len(self.cases)} cases",
                 hint="a case trains only if some of its voxels have a known label",
@@ -159,30 +169,64 @@ class ExampleIndex:
             largest among them: the image with its border values, the label of a
             slice with `UNKNOWN_LABEL`.
         """
-        orders: dict[int, np.ndarray] = {}
-        pairs = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(position, len(self))
-            if epoch not in orders:
-                rng = numpy_rng(seed, "order", epoch)
-                orders[epoch] = rng.permutation(len(self))
-            case, part = self.examples[int(orders[epoch][place])]
-            pairs.append(self._read(case, part, derive(seed, "example", position)))
-        images, labels = map(list, zip(*pairs, strict=True))
+        positions = range(step * batch_size, (step + 1) * batch_size)
+        chosen = [self._example(seed, position) for position in positions]
+        if self.mode == "row":
+            return self._rows(chosen)
+        seeds = [derive(seed, "example", position) for position in positions]
+        if self.mode == "slice" and self.augmentation == Augmentation():
+            plain = self._plain_slices(chosen)
+            if plain is not None:
+                return plain
+        drawn = [
+            self._read(*self.examples[n], seed=s)
+            for n, s in zip(chosen, seeds, strict=True)
+        ]
+        images, labels = map(list, zip(*drawn, strict=True))
         if self.mode in {"slice", "image"}:
             images = pad_alike(images)
         if self.mode == "slice":
             labels = pad_alike(labels, value=UNKNOWN_LABEL)
-        return Batch(torch.stack(images), torch.stack(labels))
+        return Batch(torch.stack(images), torch.stack(labels).to(torch.int64))
 
-    def _read(self, case: int, part: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _example(self, seed: int, position: int) -> int:
+        """Number of the example at a position of a stream."""
+        epoch, place = divmod(position, len(self))
+        for order in self._orders:
+            if (order.seed, order.epoch) == (seed, epoch):
+                return int(order.numbers[place])
+        numbers = numpy_rng(seed, "order", epoch).permutation(len(self))
+        # A batch may lie across two epochs, and no other is asked for soon.
+        self._orders = (_Order(seed, epoch, numbers), *self._orders[:1])
+        return int(numbers[place])
+
+    def _rows(self, chosen: Sequence[int]) -> Batch:
+        if self._table is None:
+            rows = [read_row(self.cases[case]) for case, _ in self.examples]
+            features = np.stack([np.asarray(row, np.float32) for row, _ in rows])
+            labels = torch.tensor([int(label) for _, label in rows], dtype=torch.int64)
+            self._table = torch.from_numpy(features), labels
+        numbers = torch.tensor(chosen)
+        return Batch(self._table[0][numbers], self._table[1][numbers])
+
+    def _plain_slices(self, chosen: Sequence[int]) -> Batch | None:
+        """Copy slices straight into a batch; None if they are not all of one size."""
+        pairs = [self.examples[number] for number in chosen]
+        images = [self.cases[case].image_CIJK for case, _ in pairs]
+        if len({image.shape[:3] for image in images}) > 1:
+            return None
+        channels, *size = images[0].shape[:3]
+        batch = np.empty((len(pairs), channels, self.num_slices, *size), np.float32)
+        labels = np.empty((len(pairs), *size), np.int64)
+        for number, (image, (case, k)) in enumerate(zip(images, pairs, strict=True)):
+            for s, near in enumerate(_near(k, self.num_slices, image.shape[3])):
+                batch[number, :, s] = image[..., near]
+            labels[number] = self.cases[case].label_IJK[:, :, k]
+        flat = batch.reshape(len(pairs), -1, *size)
+        return Batch(torch.from_numpy(flat), torch.from_numpy(labels))
+
+    def _read(self, case: int, part: int, *, seed: int) -> tuple[Tensor, Tensor]:
         prepared = self.cases[case]
-        if self.mode == "row":
-            features, label = read_row(prepared)
-            return (
-                torch.from_numpy(np.array(features, dtype=np.float32)),
-                torch.tensor(int(label), dtype=torch.int64),
-            )
         if self.mode == "image":
             whole = torch.from_numpy(read_image(prepared.image_CIJK))
             nothing = torch.zeros(whole.shape[1:], dtype=torch.uint8)
@@ -193,13 +237,12 @@ class ExampleIndex:
             label = np.array(prepared.label_IJK[:, :, part])
         else:
             image, label = self._read_patch(case, seed)
-        image_t, label_t = augment(
+        return augment(
             torch.from_numpy(image),
             torch.from_numpy(label),
             self.augmentation,
             seed=seed,
         )
-        return image_t, label_t.to(torch.int64)
 
     def _read_patch(self, case: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         prepared = self.cases[case]
@@ -225,7 +268,7 @@ class ExampleIndex:
             if wanted is None or not len(wanted):
                 wanted = np.flatnonzero(known) if not known.all() else np.empty(0, int)
             stride = -(-len(wanted) // MAX_POSITIONS) or 1
-            self._positions[key] = wanted[::stride].copy()
+            self._positions[key] = wanted[::stride].astype(np.int32)
         return self._positions[key]
 
 
@@ -287,10 +330,17 @@ def read_slices(image_CIJK: np.ndarray, k: int, *, num_slices: int) -> np.ndarra
         >>> read_slices(np.arange(3.0).reshape(1, 1, 1, 3), 0, num_slices=3).ravel()
         array([0., 0., 1.], dtype=float32)
     """
+    channels, *size, size_k = image_CIJK.shape
+    slices = np.empty((channels, num_slices, *size), np.float32)
+    for number, near in enumerate(_near(k, num_slices, size_k)):
+        slices[:, number] = image_CIJK[..., near]
+    return slices.reshape(-1, *size)
+
+
+def _near(k: int, num_slices: int, size_k: int) -> list[int]:
+    """Number a slice and its neighbours, the ends repeated."""
     half = num_slices // 2
-    ks = np.clip(np.arange(k - half, k + half + 1), 0, image_CIJK.shape[3] - 1)
-    slices = np.stack([image_CIJK[..., int(i)] for i in ks], axis=1)
-    return slices.reshape(-1, *slices.shape[2:]).astype(np.float32, copy=False)
+    return [min(max(n, 0), size_k - 1) for n in range(k - half, k + half + 1)]
 
 
 def read_image(image_CIJK: np.ndarray) -> np.ndarray:
@@ -300,7 +350,8 @@ def read_image(image_CIJK: np.ndarray) -> np.ndarray:
         float32 (C, I, J) or (C, I, J, K).
     """
     flat = image_CIJK.shape[3] == 1
-    return np.array(image_CIJK[..., 0] if flat else image_CIJK, dtype=np.float32)
+    image = image_CIJK[..., 0] if flat else image_CIJK
+    return np.array(image, dtype=np.float32, order="C")
 
 
 def patch_corner(
@@ -327,7 +378,7 @@ def cut_patch(
         The patch: a label is padded with `UNKNOWN_LABEL`, an image with its border.
     """
     i, j, k = (slice(c, c + p) for c, p in zip(corner, size, strict=True))
-    patch = np.array(array[..., i, j, k])
+    patch = np.array(array[..., i, j, k], order="C")
     missing = [p - n for p, n in zip(size, patch.shape[-3:], strict=True)]
     if not any(missing):
         return patch
@@ -347,38 +398,63 @@ def _list_examples(
         if mode in {"row", "image"}:
             label = read_row(case)[1] if mode == "row" else case.label_IJK
             examples += [(number, 0)] if is_class(label) else []
-        elif case.label_IJK is not None:
-            _check_label(case, mode)
-            known_K = (np.asarray(case.label_IJK) != UNKNOWN_LABEL).any(axis=(0, 1))
+        else:
+            known = _known_slices(case, mode)
             if mode == "slice":
-                examples += [(number, int(k)) for k in np.flatnonzero(known_K)]
-            elif known_K.any():
+                examples += [(number, k) for k in known]
+            elif known:
                 examples += [(number, part) for part in range(patches_per_case)]
     return examples
 
 
-def _check_label(case: PreparedCase, mode: Mode) -> None:
-    label_shape = np.asarray(case.label_IJK).shape
-    if label_shape != case.image_CIJK.shape[1:]:
+def _known_slices(case: Any, mode: Mode) -> Sequence[int]:
+    """Slices with a known label voxel: measured already, or looked for here."""
+    image_shape, label_shape = _shapes(case)
+    if label_shape is None:
+        return ()
+    _check_label(case.case_id, mode, image_shape, label_shape)
+    known: Sequence[int] | None = getattr(case, "known_slices", None)
+    if known is not None:
+        return known
+    known_K = (np.asarray(case.label_IJK) != UNKNOWN_LABEL).any(axis=(0, 1))
+    return [int(k) for k in np.flatnonzero(known_K)]
+
+
+def _shapes(case: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shapes of image and label, from the case's own word if it gives one."""
+    if hasattr(case, "image_shape") and hasattr(case, "label_shape"):
+        return case.image_shape, case.label_shape
+    label = case.label_IJK
+    return case.image_CIJK.shape, None if label is None else np.shape(label)
+
+
+def _check_label(
+    case_id: str,
+    mode: Mode,
+    image_shape: tuple[int, ...],
+    label_shape: tuple[int, ...],
+) -> None:
+    if label_shape != image_shape[1:]:
         raise ConfigError(
-            f"mode {mode!r} needs a label for every voxel; case {case.case_id!r} has "
-            f"an image of shape {case.image_CIJK.shape} and a label of shape "
-            f"{label_shape}",
+            f"mode {mode!r} needs a label for every voxel; case {case_id!r} has "
+            f"an image of shape {image_shape} and a label of shape {label_shape}",
             hint="one class per case: mode 'image', and for a table mode 'row'",
         )
 
 
 def _check_images(cases: Sequence[PreparedCase]) -> None:
+    is_flat = set()
     for case in cases:
-        label_shape = np.shape(case.label_IJK) if case.label_IJK is not None else ()
-        if label_shape != () or case.image_CIJK.ndim != 4:
+        image_shape, label_shape = _shapes(case)
+        if label_shape not in {None, ()} or len(image_shape) != 4:
             raise ConfigError(
                 f"mode 'image' needs images with one class each; case {case.case_id!r} "
-                f"has an image of shape {case.image_CIJK.shape} and a label of shape "
+                f"has an image of shape {image_shape} and a label of shape "
                 f"{label_shape}",
                 hint="a label per voxel: mode 'slice' or 'patch'; a table: mode 'row'",
             )
-    if len({case.image_CIJK.shape[3] == 1 for case in cases}) > 1:
+        is_flat.add(image_shape[3] == 1)
+    if len(is_flat) > 1:
         raise ConfigError(
             "mode 'image': some images have one slice and others have several",
             hint="set preprocess.size: [I, J, K]",
@@ -399,6 +475,8 @@ def pad_alike(arrays: Sequence[Tensor], *, value: int | None = None) -> list[Ten
     sizes = [
         max(axis) for axis in zip(*(a.shape[spatial] for a in arrays), strict=True)
     ]
+    if all(tuple(array.shape[spatial]) == tuple(sizes) for array in arrays):
+        return list(arrays)
     pad = torch.nn.functional.pad
     padded = []
     for array in arrays:
