@@ -285,10 +285,12 @@ class Engine:
     ) -> Message:
         content = {**request.content, **request.content_by_site.get(site, {})}
         number, attempt = stamp
+        token = self._tokens.get(site, "")
         header: dict[str, Any] = {
             "round": number,
             "token": f"{number}.{attempt}.{exchange}",
-            "after": self._tokens.get(site, ""),
+            # Who keeps nothing has staged nothing to go on from.
+            "after": token if self._kept.tells.get(site, True) else "",
             "version": self._kept.rounds.get(site, 0),
             "values": {},
             "states": [],

@@ -9,6 +9,11 @@ at any instant all find the state they need.
     private/                                   0700
         round-000007.safetensors               0600, version 7
         stage-000012-<hash of token>.safetensors     (durable hosts only)
+        unfiled-000008.safetensors                   (durable hosts only)
+
+Versions are filed in the rounds that the server checkpoints too. Between them the
+newest one is unfiled: in memory, or (durable hosts) in a file that is not forced to
+disk. A site that keeps nothing has no folder.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from fedmed.storage import remove_leftovers, storage_errors, sync_folder
 from fedmed.strategy import Private
 
 _VERSION = re.compile(r"round-(\d{6,})\.safetensors")
+_UNFILED = re.compile(r"unfiled-(\d{6,})\.safetensors")
 _STAGE = re.compile(r"stage-(\d{6,})-([0-9a-f]{16})\.safetensors")
 _KEPT_STAGES = 2
 """The answer the server may go on from, and the newer one it may never have got."""
@@ -41,8 +47,10 @@ class PrivateStore:
     change what was staged.
 
     Args:
-        folder: The site's own folder; made, and closed to other users.
-        keep: How many versions stay; the server may fall back by `keep - 1` rounds.
+        folder: The site's own folder; made when there is something to keep, and
+            closed to other users.
+        keep: How many filed versions stay; the server may fall back by `keep - 1`
+            checkpoints.
         durable: The process may change between two messages: stages are written to
             disk at once and read from there. Otherwise they stay in memory.
 
@@ -62,21 +70,52 @@ class PrivateStore:
         self._durable = durable
         self._stages: dict[str, Private] = {}
         self._newest: tuple[int, Private] | None = None
+        self._unfiled: tuple[int, Private] | None = None
+        self._versions: tuple[int, ...] | None = None
+        self._is_made = folder.is_dir()
         with storage_errors(folder.name):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            folder.chmod(0o700)  # the umask, or an older folder, may say otherwise
-            remove_leftovers(folder)
+            if self._is_made:
+                folder.chmod(0o700)  # an older folder may be open
+                remove_leftovers(folder)
+            else:
+                # The site's other secrets lie there.
+                folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def versions(self) -> tuple[int, ...]:
-        """Rounds that left a version on disk, ascending."""
-        return numbered(self._folder, _VERSION)
+        """Rounds that left a filed version on disk, ascending."""
+        if self._durable:
+            return self._listed(_VERSION)
+        if self._versions is None:
+            self._versions = self._listed(_VERSION)
+        return self._versions
 
-    def committed(self, version: int) -> Private:
+    def keeps(self, private: Private) -> bool:
+        """Whether there is anything to keep: in this state, or from an earlier round.
+
+        If not, `committed` gives an empty state as well, and nothing need be staged.
+        """
+        is_empty = not private.states and not private.facts
+        return not is_empty or bool(self.versions()) or self._unfiled_number() > 0
+
+    def committed(self, version: int, *, at_least: int = 0) -> Private:
         """Give the private state after a round; empty if nothing was kept so far.
 
+        Args:
+            version: Number of the round.
+            at_least: The last round after which the server knows that something new
+                was kept; 0 if it does not know.
+
         Raises:
-            StorageError: See `load`.
+            StorageError: See `load`; or if that newest state is lost, because it was
+                not filed and the process that had it is gone.
         """
+        known = [self._unfiled_number(), *self.versions()] if at_least else []
+        if at_least and not any(at_least <= number <= version for number in known):
+            raise StorageError(
+                f"what was kept after round {at_least} was not filed yet, and the "
+                "process that had it is gone",
+                hint="Go on with --resume: it starts from the last checkpoint.",
+            )
         return self.load(version) or Private()
 
     def load(self, version: int) -> Private | None:
@@ -95,6 +134,9 @@ class PrivateStore:
             StorageError: If the file is damaged, or so old that it was deleted.
         """
         older = [number for number in self.versions() if number <= version]
+        unfiled = self._unfiled_number()
+        if max(older, default=0) < unfiled <= version:
+            return self._load_unfiled(unfiled)
         if not older:
             self._refuse_if_pruned(version)
             return None
@@ -148,19 +190,71 @@ class PrivateStore:
                 return private if header["token"] == token else None
         return None
 
-    def commit(self, number: int, private: Private) -> None:
-        """Make a state the version of a round; older ones beyond `keep` are deleted.
+    def commit(self, number: int, private: Private, *, durable: bool = True) -> None:
+        """Make a state the version of a round.
+
+        Args:
+            number: The round.
+            private: The state.
+            durable: File it; older filed ones beyond `keep` are deleted. False: the
+                server will not resume here, it need not survive the machine. At most
+                one such version exists.
 
         Raises:
             StorageError: If it cannot be written; what was there is intact.
         """
-        earlier = [version for version in self.versions() if version < number]
+        if not durable:
+            self._commit_unfiled(number, private)
+            return
+        known = self.versions()
+        earlier = [version for version in known if version < number]
         header = {"round": number, "previous": earlier[-1] if earlier else None}
         self._write(self._version_path(number), header, private, sync=True)
         self._newest = None if self._durable else (number, _copy(private))
+        known = tuple(sorted({*known, number}))
         with storage_errors(self._folder.name):
-            for old in self.versions()[: -self._keep]:
+            for old in known[: -self._keep]:
                 self._version_path(old).unlink(missing_ok=True)
+        self._versions = known[-self._keep :]
+        self._forget_unfiled(number)
+
+    def file(self) -> None:
+        """File the newest version if that was not done yet; may be called twice.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        number = self._unfiled_number()
+        if number:
+            self.commit(number, self._load_unfiled(number))
+
+    def _commit_unfiled(self, number: int, private: Private) -> None:
+        if not self._durable:
+            self._unfiled, self._newest = (number, _copy(private)), None
+            return
+        header = {"round": number, "previous": None}
+        self._write(self._unfiled_path(number), header, private, sync=False)
+        self._forget_unfiled(number - 1)
+
+    def _unfiled_number(self) -> int:
+        """Round of the unfiled version; 0 = there is none."""
+        if self._durable:
+            return max(self._listed(_UNFILED), default=0)
+        return self._unfiled[0] if self._unfiled else 0
+
+    def _load_unfiled(self, number: int) -> Private:
+        if self._unfiled is not None:
+            return _copy(self._unfiled[1])
+        return self._read(self._unfiled_path(number))[0]
+
+    def _forget_unfiled(self, up_to: int) -> None:
+        if self._unfiled is not None and self._unfiled[0] <= up_to:
+            self._unfiled = None
+        if self._durable:
+            with storage_errors(self._folder.name):
+                for number in self._listed(_UNFILED):
+                    if number <= up_to:
+                        self._unfiled_path(number).unlink(missing_ok=True)
 
     def discard_after(self, number: int) -> None:
         """Forget every stage, and every version newer than a round.
@@ -169,16 +263,32 @@ class PrivateStore:
             StorageError: If a file cannot be deleted.
         """
         self._stages.clear()
-        self._newest = None
+        self._newest = self._versions = None
+        if self._unfiled is not None and self._unfiled[0] > number:
+            self._unfiled = None
+        if not self._folder.is_dir():
+            return
         with storage_errors(self._folder.name):
-            for path in self._stage_paths():
+            gone = self._stage_paths()
+            gone += [self._version_path(v) for v in self.versions() if v > number]
+            newer = (n for n in self._listed(_UNFILED) if n > number)
+            gone += [self._unfiled_path(n) for n in newer]
+            for path in gone:
                 path.unlink(missing_ok=True)
-            for newer in [v for v in self.versions() if v > number]:
-                self._version_path(newer).unlink(missing_ok=True)
-            sync_folder(self._folder)
+            if gone:
+                sync_folder(self._folder)
+        self._versions = None
+
+    def _listed(self, pattern: re.Pattern[str]) -> tuple[int, ...]:
+        try:
+            return numbered(self._folder, pattern)
+        except FileNotFoundError:  # nothing was ever kept
+            return ()
 
     def _stage_paths(self) -> list[Path]:
         """Files of stages, oldest first; another process may have written them."""
+        if not self._folder.is_dir():
+            return []
         return sorted(
             (path for path in self._folder.iterdir() if _STAGE.fullmatch(path.name)),
             key=lambda path: int(path.name.split("-")[1]),
@@ -205,7 +315,16 @@ class PrivateStore:
         self, path: Path, header: Mapping[str, Any], private: Private, *, sync: bool
     ) -> None:
         content = {"header": header, "facts": private.facts}
+        self._make_folder()
         write_tree(path, private.states, content, mode=0o600, sync=sync)
+
+    def _make_folder(self) -> None:
+        if self._is_made:
+            return
+        with storage_errors(self._folder.name):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.chmod(0o700)  # the umask may say otherwise
+        self._is_made = True
 
     def _read(self, path: Path) -> tuple[Private, dict[str, Any]]:
         states, content = read_tree(path)
@@ -213,6 +332,9 @@ class PrivateStore:
 
     def _version_path(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.safetensors"
+
+    def _unfiled_path(self, number: int) -> Path:
+        return self._folder / f"unfiled-{number:06d}.safetensors"
 
 
 def _copy(private: Private) -> Private:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedmed.checkpoint import Checkpoints
 from fedmed.engine import check_rows
 from fedmed.errors import QuorumError, WireError
 from fedmed.message import Answer, Message, SiteFailure, SiteId
@@ -127,6 +128,143 @@ def test_the_end_of_a_round_is_asked_for_again(tmp_path: Path) -> None:
         before, after = (getattr(r.folder, name) for r in (whole, result))
         assert before.read_bytes() == after.read_bytes()
     assert result.rounds[0]["failed"] == {}
+
+
+class Forgetful(runs.Recorder):
+    """Sites that say that they keep nothing; `keeping` do keep something."""
+
+    keeping: tuple[SiteId, ...] = ()
+
+    def exchange(
+        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+    ) -> dict[SiteId, Answer]:
+        answers = super().exchange(messages, timeout_s=timeout_s)
+        for site, answer in answers.items():
+            if isinstance(answer, Message) and site not in self.keeping:
+                header = {**answer.header, "keeps": False}
+                answers[site] = replace(answer, header=header)
+        return answers
+
+
+def _ends(transport: Any) -> dict[int, list[tuple[SiteId, Message]]]:
+    """End-of-round messages by round."""
+    found: dict[int, list[tuple[SiteId, Message]]] = {}
+    for site, message in transport.down:
+        if message.kind == "end_round":
+            found.setdefault(message.header["round"], []).append((site, message))
+    return found
+
+
+@pytest.mark.parametrize("keeping", [(), ("b",)])
+def test_nobody_is_asked_without_need(
+    tmp_path: Path, keeping: tuple[SiteId, ...]
+) -> None:
+    """Four rounds, evaluated are the second and the last."""
+    transport = Forgetful()
+    transport.keeping = keeping
+    study = _study(rounds=4, evaluate={"every": 2})
+    result = runs.run(study, tmp_path, transport=transport)
+    ends = _ends(transport)
+    everybody = ["a", "b", "c"]
+    for number, asked in {
+        1: [*keeping],
+        2: everybody,
+        3: [*keeping],
+        4: everybody,
+    }.items():
+        messages = ends.get(number, [])
+        assert [site for site, _ in messages] == asked
+        for _, message in messages:
+            assert bool(message.tensors) == (number % 2 == 0)
+    assert [r["exchanges"] for r in result.rounds] == [1 + bool(keeping), 2] * 2
+    again = runs.run(study, tmp_path / "again")
+    assert [r["loss"] for r in again.rounds][0] == result.rounds[0]["loss"]
+
+
+def test_what_is_kept_is_filed_where_the_server_can_resume(tmp_path: Path) -> None:
+    """Drawn sites that are not drawn at the checkpoint still file what they kept."""
+    transport = runs.Recorder()
+    study = _study(
+        rounds=5, sites_per_round=1, checkpoint={"every": 3}, evaluate={"every": 9}
+    )
+    result = runs.run(study, tmp_path, transport=transport)
+    drawn = [record["answered"][0] for record in result.rounds]
+    ends = _ends(transport)
+    told = {
+        n: [(s, m.header["values"]["file"]) for s, m in ms] for n, ms in ends.items()
+    }
+    assert told[1] == [(drawn[0], False)]
+    assert told[2] == [(drawn[1], False)]
+    assert told[3] == [(site, True) for site in sorted({*drawn[:3]})]
+    assert told[4] == [(drawn[3], False)]
+    versions = {
+        (m.header["round"], site): m.header["version"]
+        for site, m in transport.down
+        if m.kind == "training"
+    }
+    for number, site in enumerate(drawn, start=1):
+        earlier = [n for n, s in enumerate(drawn[: number - 1], start=1) if s == site]
+        assert versions[number, site] == max(earlier, default=0)
+    saved = Checkpoints(result.folder.checkpoints).rounds()
+    assert saved == (0, 3, 5) or saved == (3, 5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+@pytest.mark.parametrize("method", ["fedbn", "fedadam"])
+def test_a_run_of_few_checkpoints_ends_with_the_same_bytes(
+    tmp_path: Path, method: str, stop_after: int
+) -> None:
+    """It dies after a round that has no checkpoint, or is asked to stop."""
+    study = runs.make_study(
+        runs.TABLE, method, split=SPLIT, rounds=4, checkpoint={"every": 2}
+    )
+    whole = runs.run(study, tmp_path / "whole")
+    plain = runs.make_study(runs.TABLE, method, split=SPLIT, rounds=4)
+    same = runs.run(plain, tmp_path / "plain")
+    assert _bytes(whole) == _bytes(same)
+    died = Dying(stop_after + 1)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(study, tmp_path / "died", transport=died)
+    newest = max(Checkpoints(tmp_path / "died" / "checkpoints").rounds())
+    assert newest == stop_after // 2 * 2
+    again = runs.run(study, tmp_path / "died", resume=True)
+    assert _bytes(again) == _bytes(whole)
+    assert [r["round"] for r in again.rounds] == [1, 2, 3, 4]
+    stops = iter([False] * stop_after + [True] * 9)
+    runs.run(study, tmp_path / "stopped", should_stop=lambda: next(stops))
+    stopped = runs.run(study, tmp_path / "stopped", resume=True)
+    assert _bytes(stopped) == _bytes(whole)
+
+
+def _bytes(result: Any) -> list[Any]:
+    """Model and tables, and what the sites keep."""
+    files = (result.folder.model_file, result.folder.cases_file)
+    kept = [
+        {
+            f"{name}/{entry}": tensor.tolist()
+            for name, state in result.private(site).states.items()
+            for entry, tensor in state.items()
+        }
+        for site in "abc"
+    ]
+    return [*(file.read_bytes() for file in files), kept]
+
+
+@dataclass
+class Dying(InProcessTransport):
+    """The server dies when it begins a round."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def exchange(
+        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+    ) -> dict[SiteId, Answer]:
+        if any(m.header["round"] == self.number for m in messages.values()):
+            raise KeyboardInterrupt
+        return super().exchange(messages, timeout_s=timeout_s)
 
 
 @pytest.mark.parametrize(("times", "fatal", "asked"), [(9, False, 3), (9, True, 1)])

@@ -85,7 +85,7 @@ def test_a_token_never_names_a_file(store: PrivateStore) -> None:
     token = "../../evil\0"
     store.stage(token, private(1.0))
     assert value(store.staged(token)) == 1.0
-    assert [p.name for p in store._folder.parent.iterdir()] == ["private"]
+    assert {p.name for p in store._folder.parent.iterdir()} <= {"private"}
 
 
 def test_a_round_without_news_keeps_the_version_before(store: PrivateStore) -> None:
@@ -130,6 +130,80 @@ def test_a_site_that_joined_late_rolls_back_to_nothing(store: PrivateStore) -> N
     assert store.load(5) is None
 
 
+def test_a_site_that_keeps_nothing_has_no_folder(store: PrivateStore) -> None:
+    assert not store.keeps(Private())
+    assert store.keeps(private(1.0))
+    store.discard_after(3)
+    assert store.committed(4) == Private()
+    store.file()
+    assert not store._folder.exists()
+    store.commit(1, private(1.0))
+    assert store.keeps(Private())  # an empty state would replace one that is there
+
+
+def test_a_version_that_is_not_filed_serves_until_one_is(store: PrivateStore) -> None:
+    store.commit(4, private(4.0))
+    for number in (5, 6, 7):
+        store.commit(number, private(float(number)), durable=False)
+        assert value(store.load(number)) == number
+    assert store.versions() == (4,)
+    assert value(store.load(9)) == 7.0
+    assert value(store.load(4)) == 4.0
+    store.file()
+    store.file()
+    assert store.versions() == (4, 7)
+    assert value(reopened(store).load(9)) == 7.0
+    assert not list(store._folder.glob("unfiled-*"))
+    store.commit(8, private(8.0), durable=False)
+    store.commit(10, private(10.0))
+    assert store.versions() == (4, 7, 10)
+    assert value(store.load(9)) == 7.0
+
+
+def test_only_filed_versions_count_for_what_stays(store: PrivateStore) -> None:
+    for number in range(1, 31):
+        store.commit(number, private(float(number)), durable=number % 10 == 0)
+    assert store.versions() == (10, 20, 30)
+    store.discard_after(20)
+    assert value(store.load(25)) == 20.0
+
+
+def test_discard_after_forgets_what_was_not_filed(store: PrivateStore) -> None:
+    store.commit(2, private(2.0))
+    store.commit(3, private(3.0), durable=False)
+    store.discard_after(2)
+    assert value(store.load(9)) == 2.0
+    store.file()
+    assert store.versions() == (2,)
+
+
+def test_a_lost_memory_is_no_older_state(store: PrivateStore) -> None:
+    """The process that had round 5 in memory is gone: round 4 must not stand in."""
+    store.commit(4, private(4.0))
+    store.commit(5, private(5.0), durable=False)
+    assert value(store.committed(7, at_least=5)) == 5.0
+    again = reopened(store)
+    if store._durable:
+        assert value(again.committed(7, at_least=5)) == 5.0
+        return
+    with pytest.raises(StorageError, match="round 5 was not filed"):
+        again.committed(7, at_least=5)
+    assert value(again.committed(7)) == 4.0
+
+
+def test_a_store_in_memory_lists_its_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PrivateStore(tmp_path / "private").commit(1, private(1.0))
+    store = PrivateStore(tmp_path / "private")
+    store.committed(1)
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("listed"))
+    for number in range(2, 6):
+        run_round(store, number)
+        assert value(store.committed(number)) == number
+    assert store.versions() == (3, 4, 5)
+
+
 def test_what_was_stored_does_not_change_with_its_owner(store: PrivateStore) -> None:
     network = {"w": torch.ones(2)}
     facts = {"list": [1]}
@@ -163,10 +237,12 @@ def test_durable_stages_survive_a_change_of_process(tmp_path: Path) -> None:
 
 
 def test_files_are_for_the_owner_only(store: PrivateStore) -> None:
+    store.commit(1, private(1.0))
     store._folder.chmod(0o755)
     reopened(store)
     store.stage("t", private(1.0))
-    store.commit(1, private(1.0))
+    store.commit(2, private(2.0))
+    store.commit(3, private(3.0), durable=False)
     assert store._folder.stat().st_mode & 0o777 == 0o700
     for path in store._folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
