@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from fedmed.case import UNKNOWN_LABEL
@@ -20,9 +25,50 @@ from fedmed.training.examples import is_class
 from fedmed.training.predict import predict_case
 from sites.calibration import calibrate, needs_calibration
 from sites.context import Workbench
-from sites.data import AnyCase
+from sites.data import AnyCase, SliceView
+
+MAX_HELPERS = 4
+"""Threads that score beside the network; more would have nothing to do."""
+
+COLUMNS = (
+    "dice",
+    "assd_mm",
+    "asd_mm_pred2gt",
+    "asd_mm_gt2pred",
+    "hd95_mm",
+    "volume_ml_prediction",
+    "volume_ml_label",
+    "status",
+)
+"""What a row says of a class, in the words of `fedmed.metrics.case_scores`."""
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One slice of one case, to be shown inside the hospital.
+
+    Attributes:
+        case_id: Of the case.
+        image_IJ: Mean over the channels.
+        truth_IJ: Class numbers, unknown as background.
+        prediction_IJ: Likewise.
+        facts: Which slice, and its scale.
+    """
+
+    case_id: str
+    image_IJ: np.ndarray
+    truth_IJ: np.ndarray
+    prediction_IJ: np.ndarray
+    facts: Mapping[str, Any]
+
+
+View = tuple[str, AnyCase]
+"""A split and a case in it."""
+
+Scored = tuple[list[Row], Picture | None]
+"""The rows of a case, and a picture of it if it may be shown."""
 
 
 def evaluate(
@@ -55,15 +101,16 @@ def evaluate(
     if needs_calibration(bench, private):
         calibrate(bench, model)
     model.eval()
+    views = [(split, case) for split in splits for case in bench.data.splits[split]]
+    pictured = splits[-1] if overlays is not None else None
     rows: list[Row] = []
-    shown: list[tuple[float, dict[str, Any]]] = []
-    for split in splits:
-        for case in bench.data.splits[split]:
-            found, picture = _score(bench, model, case)
-            rows += [{"split": split, **row} for row in found]
-            outside = name(case.case_id) if found else ""
-            if picture is not None and split == splits[-1]:
-                shown.append((_mean_dice(found), {**picture, "name": outside}))
+    shown: list[tuple[float, Picture, str]] = []
+    scored = _score_all(bench, model, views, pictured)
+    for (split, case), (found, picture) in zip(views, scored, strict=True):
+        rows += [{"split": split, **row} for row in found]
+        outside = name(case.case_id) if found else ""
+        if picture is not None:
+            shown.append((_mean_dice(found), picture, outside))
     if overlays is not None:
         write_overlays(overlays, shown, bench.study.evaluate.overlays)
     return rows
@@ -79,11 +126,76 @@ def _mean_dice(rows: Iterable[Row]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _score(
-    bench: Workbench, model: nn.Module, case: AnyCase
-) -> tuple[list[Row], dict[str, Any] | None]:
+def _score_all(
+    bench: Workbench, model: nn.Module, views: Sequence[View], pictured: str | None
+) -> list[Scored]:
+    """Predict every case once, and score it wherever it is in the splits.
+
+    While the network predicts a case, helper threads score those before: as many as
+    this process may use cores besides its own. They compute with NumPy alone, and each
+    result has its place, so neither their number nor their pace changes a row.
+    """
+    found: list[Scored] = [([], None)] * len(views)
+    helpers = min(torch.get_num_threads() - 1, MAX_HELPERS)
+    with contextlib.ExitStack() as stack:
+        if helpers:
+            pool = stack.enter_context(ThreadPoolExecutor(helpers))
+            submit: Callable[..., Future[list[Scored]]] = pool.submit
+        else:
+            submit = _at_once
+        waiting: deque[tuple[list[int], Future[list[Scored]]]] = deque()
+        for numbers in _by_case(views):
+            chosen = [views[number] for number in numbers]
+            probabilities = _predict(bench, model, _whole(chosen[0][1]))
+            job = submit(_score_views, bench, chosen, probabilities, pictured)
+            waiting.append((numbers, job))
+            while len(waiting) > helpers:  # few predictions are in memory at a time
+                _collect(*waiting.popleft(), found)
+        for numbers, job in waiting:
+            _collect(numbers, job, found)
+    return found
+
+
+def _at_once(
+    function: Callable[..., list[Scored]], *arguments: Any
+) -> Future[list[Scored]]:
+    """Compute in this thread what a pool would compute in another."""
+    done: Future[list[Scored]] = Future()
+    done.set_result(function(*arguments))
+    return done
+
+
+def _collect(
+    numbers: Sequence[int], job: Future[list[Scored]], found: list[Scored]
+) -> None:
+    for number, scored in zip(numbers, job.result(), strict=True):
+        found[number] = scored
+
+
+def _whole(case: AnyCase) -> AnyCase:
+    """Give the case behind a view that differs in its label only."""
+    return case.case if isinstance(case, SliceView) else case
+
+
+def _by_case(views: Sequence[View]) -> Iterable[list[int]]:
+    """Group the labelled views of one case, by their places in the list."""
+    groups: dict[int, list[int]] = {}
+    for number, (_, case) in enumerate(views):
+        if _is_labelled(case):
+            groups.setdefault(id(_whole(case)), []).append(number)
+    return groups.values()
+
+
+def _is_labelled(case: AnyCase) -> bool:
+    """Say whether there is anything to compare a prediction with."""
+    if case.class_label is not None:
+        return is_class(case.class_label)
+    return case.label_native_IJK is not None
+
+
+def _predict(bench: Workbench, model: nn.Module, case: AnyCase) -> np.ndarray:
     section = bench.study.model
-    probabilities = predict_case(
+    return predict_case(
         model,
         case,
         site=bench.site_id,
@@ -92,44 +204,51 @@ def _score(
         batch_size=bench.study.evaluate.batch_size,
         patch_size=section.patch_size,
         device=bench.trainer.device,
+        precision=bench.trainer.precision,
     )
+
+
+def _score_views(
+    bench: Workbench,
+    views: Sequence[View],
+    probabilities: np.ndarray,
+    pictured: str | None,
+) -> list[Scored]:
+    """Score one prediction against one case, or against several parts of it."""
     if bench.task.kind == "classification":
-        return _classified(case, probabilities), None
-    prediction = restore(probabilities, case)
-    label = case.label_native_IJK
-    if label is None or np.all(label == UNKNOWN_LABEL):
-        return [], None
+        return [(_classified(case, probabilities), None) for _, case in views]
+    prediction = restore(probabilities, _whole(views[0][1]))
     if bench.study.evaluate.largest_component:
         prediction = largest_component(prediction)
-    names = dict(enumerate(bench.task.class_names))
+    scored: list[Scored] = []
+    for split, case in views:
+        rows = _segmented(case, prediction, bench.task.class_names)
+        is_shown = bool(rows) and split == pictured
+        scored.append((rows, _picture(case, probabilities) if is_shown else None))
+    return scored
+
+
+def _segmented(
+    case: AnyCase, prediction_IJK: np.ndarray, class_names: Sequence[str]
+) -> list[Row]:
+    label_IJK = case.label_native_IJK
+    if label_IJK is None or np.all(label_IJK == UNKNOWN_LABEL):
+        return []
     scores = score_case(
-        prediction,
-        label,
+        prediction_IJK,
+        label_IJK,
         spacing_mm=case.spacing_native_mm,
-        class_names=names,
+        class_names=dict(enumerate(class_names)),
         region_IJK=case.region_native_IJK,
     )
-    rows: list[Row] = [
+    return [
         {
             "case_id": case.case_id,
             "class": score.class_name,
-            **{
-                name: getattr(score, name)
-                for name in (
-                    "dice",
-                    "assd_mm",
-                    "asd_mm_pred2gt",
-                    "asd_mm_gt2pred",
-                    "hd95_mm",
-                    "volume_ml_prediction",
-                    "volume_ml_label",
-                    "status",
-                )
-            },
+            **{name: getattr(score, name) for name in COLUMNS},
         }
         for score in scores
     ]
-    return rows, {"case": case, "prediction": probabilities.argmax(axis=0)}
 
 
 def _classified(case: AnyCase, probabilities: np.ndarray) -> list[Row]:
@@ -148,19 +267,18 @@ def _classified(case: AnyCase, probabilities: np.ndarray) -> list[Row]:
 
 
 def write_overlays(
-    folder: Path, shown: list[tuple[float, dict[str, Any]]], count: int
+    folder: Path, shown: Sequence[tuple[float, Picture, str]], count: int
 ) -> None:
     """Write the worst, median and best case as pictures, inside the hospital.
 
     Args:
         folder: Of the site's own run folder.
-        shown: Mean Dice and picture material of every scored case: "case",
-            "prediction" and "name", under which it is known outside.
+        shown: Mean Dice, picture and name outside of every scored case.
         count: How many of the three, 0 to 3.
     """
     ranked = sorted(
         (item for item in shown if not np.isnan(item[0])),
-        key=lambda item: (item[0], item[1]["case"].case_id),
+        key=lambda item: (item[0], item[1].case_id),
     )
     if not ranked or count == 0:
         return
@@ -173,33 +291,37 @@ def write_overlays(
         if position in seen:
             continue
         seen.add(position)
-        dice, material = ranked[position]
-        _write_overlay(folder, rank, dice, material)
+        dice, picture, outside = ranked[position]
+        facts = {"dice": dice, "rank": rank, **picture.facts, "case_id": outside}
+        np.savez_compressed(
+            folder / f"{rank}-{outside}.npz",
+            image=picture.image_IJ,
+            truth=picture.truth_IJ,
+            prediction=picture.prediction_IJ,
+            facts=np.array(json.dumps(facts)),
+        )
 
 
-def _write_overlay(
-    folder: Path, rank: str, dice: float, material: Mapping[str, Any]
-) -> None:
+def _picture(case: AnyCase, probabilities_LIJK: np.ndarray) -> Picture:
     """Draw the slice with most of the truth, on the network's grid."""
-    case, label = material["case"], material["case"].label_IJK
-    truth = np.where(label == UNKNOWN_LABEL, 0, label)
+    label_IJK = case.label_IJK
+    assert label_IJK is not None  # the case was scored
+    truth_IJK = np.where(label_IJK == UNKNOWN_LABEL, 0, label_IJK)
+    index = int(np.argmax(np.count_nonzero(truth_IJK, axis=(0, 1))))
     # Where nobody drew, a prediction is neither right nor wrong: it is not shown.
-    prediction = np.where(label == UNKNOWN_LABEL, 0, material["prediction"])
-    drawn = np.count_nonzero(truth, axis=(0, 1))
-    index = int(np.argmax(drawn))
-    image = np.asarray(case.image_CIJK[..., index], dtype=np.float32)
-    facts = {
-        "dice": dice,
-        "rank": rank,
-        "slice": index,
-        "spacing_mm": [float(v) for v in case.spacing_mm],
-        "spacing_known": bool(case.spacing_known),
-        "case_id": material["name"],
-    }
-    np.savez_compressed(
-        folder / f"{rank}-{material['name']}.npz",
-        image=image.mean(axis=0),
-        truth=truth[:, :, index].astype(np.uint8),
-        prediction=prediction[:, :, index].astype(np.uint8),
-        facts=np.array(json.dumps(facts)),
+    prediction_IJ = np.where(
+        label_IJK[..., index] == UNKNOWN_LABEL,
+        0,
+        probabilities_LIJK[..., index].argmax(axis=0),
+    )
+    return Picture(
+        case_id=case.case_id,
+        image_IJ=np.asarray(case.image_CIJK[..., index], np.float32).mean(axis=0),
+        truth_IJ=truth_IJK[..., index].astype(np.uint8),
+        prediction_IJ=prediction_IJ.astype(np.uint8),
+        facts={
+            "slice": index,
+            "spacing_mm": [float(v) for v in case.spacing_mm],
+            "spacing_known": bool(case.spacing_known),
+        },
     )

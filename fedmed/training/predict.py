@@ -20,6 +20,7 @@ from fedmed.training.examples import (
     read_row,
     read_slices,
 )
+from fedmed.training.trainer import Precision
 
 Blending = Literal["gaussian", "uniform"]
 
@@ -36,6 +37,7 @@ def predict_case(
     overlap: float | int = 0.5,
     blending: Blending = "gaussian",
     device: torch.device | str = "cpu",
+    precision: Precision = "float32",
 ) -> np.ndarray:
     """Predict one case.
 
@@ -52,6 +54,8 @@ def predict_case(
         overlap: Share of a patch that its neighbour covers too, in [0, 1).
         blending: Weights of overlapping patches.
         device: Where to send the images.
+        precision: "bfloat16" autocasts the network as in training; else it computes
+            in the type of its weights.
 
     Returns:
         float32 (L, I, J, K), in modes "image" and "row" (L,); adds up to 1 over the
@@ -67,7 +71,7 @@ def predict_case(
             "fraction in [0, 1)"
         )
     with evaluating(model), torch.inference_mode():
-        network = _Probabilities(model, site, torch.device(device))
+        network = _Probabilities(model, site, torch.device(device), precision)
         if mode == "row":
             row: np.ndarray = network(np.array(read_row(case)[0])[None])[0]
             return row
@@ -152,17 +156,30 @@ class _Probabilities:
     """A model as a function from NumPy images to NumPy probabilities."""
 
     def __init__(
-        self, model: nn.Module, site: str | None, device: torch.device
+        self,
+        model: nn.Module,
+        site: str | None,
+        device: torch.device,
+        precision: Precision,
     ) -> None:
         self.model = model
         self.site = site
         self.device = device
+        self.is_autocast = precision == "bfloat16"
         first = next(model.parameters(), None)
         self.dtype = torch.float32 if first is None else first.dtype
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        sent = torch.from_numpy(images).to(self.device, self.dtype)
-        logits: Tensor = self.model(sent, site=self.site)
+        is_flat = images.ndim == 4
+        sent = torch.from_numpy(images).to(
+            self.device,
+            self.dtype,
+            memory_format=torch.channels_last if is_flat else torch.preserve_format,
+        )
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.is_autocast
+        ):
+            logits: Tensor = self.model(sent, site=self.site)
         probabilities = torch.softmax(logits.to(torch.float32), dim=1)
         result: np.ndarray = probabilities.cpu().numpy()
         return result
