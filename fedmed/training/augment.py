@@ -113,7 +113,7 @@ def augment(
     if augmentation.noise_std:
         std = float(numpy_rng(seed, "noise_std").uniform(0, augmentation.noise_std))
         noise = torch.randn(image.shape, generator=torch_rng(seed, "noise"))
-        image = image + std * noise.to(image.dtype)
+        image = noise.to(image.dtype).mul_(std).add_(image)
     return image, label
 
 
@@ -163,29 +163,35 @@ def transform(
     moved = functional.grid_sample(
         image[None], grid, mode="bilinear", padding_mode="border", align_corners=True
     )[0]
-    # One is added so that the zeros from outside differ from class 0.
+    # Counted down from the unknown label, so that the zeros from outside stand for it.
     shifted = functional.grid_sample(
-        label[None, None].to(grid.dtype) + 1,
+        label[None, None].to(grid.dtype) - UNKNOWN_LABEL,
         grid,
         mode="nearest",
         padding_mode="zeros",
         align_corners=True,
     )[0, 0]
-    classes = torch.where(shifted == 0, float(UNKNOWN_LABEL), shifted - 1)
-    return moved, classes.to(label.dtype)
+    return moved, shifted.add_(UNKNOWN_LABEL).to(label.dtype)
 
 
 def _sampling_grid(shape: torch.Size, *, angle_rad: float, zoom: float) -> Tensor:
     # Where each voxel of the result is looked up, in voxels from the centre, then in
     # torch's units: -1 is the first voxel's centre, 1 the last one's, last axis first.
-    centred = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in shape]
-    axes = list(torch.meshgrid(*centred, indexing="ij"))
+    i, j, *others = (_centred(axis, shape) for axis in range(len(shape)))
     cos, sin = math.cos(angle_rad) / zoom, math.sin(angle_rad) / zoom
-    i, j = axes[0], axes[1]
-    axes[0], axes[1] = cos * i + sin * j, cos * j - sin * i
-    axes[2:] = [k / zoom for k in axes[2:]]
-    units = [a / max((n - 1) / 2, 0.5) for a, n in zip(axes, shape, strict=True)]
-    return torch.stack(units[::-1], dim=-1)
+    looked_up = [cos * i + sin * j, cos * j - sin * i, *(k / zoom for k in others)]
+    grid = torch.empty(*shape, len(shape))
+    for axis, voxels in enumerate(looked_up):
+        grid[..., -1 - axis] = voxels / max((shape[axis] - 1) / 2, 0.5)
+    return grid
+
+
+def _centred(axis: int, shape: torch.Size) -> Tensor:
+    """Count voxels from the centre of one axis; the other axes have length 1."""
+    lengths = [-1 if other == axis else 1 for other in range(len(shape))]
+    size = shape[axis]
+    counted = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    return counted.reshape(lengths)
 
 
 def _gamma(image: Tensor, augmentation: Augmentation, seed: int) -> Tensor:
@@ -197,4 +203,5 @@ def _gamma(image: Tensor, augmentation: Augmentation, seed: int) -> Tensor:
     shape = (-1,) + (1,) * (image.ndim - 1)
     low = channels.amin(dim=1).reshape(shape)
     extent = (channels.amax(dim=1).reshape(shape) - low).clamp_min(1e-12)
-    return ((image - low) / extent).clamp(0, 1) ** exponent * extent + low
+    scaled = (image - low).div_(extent).clamp_(0, 1)
+    return scaled.pow_(exponent).mul_(extent).add_(low)

@@ -136,6 +136,7 @@ class ExampleIndex:
         self.patch_size = tuple(patch_size or ())
         self.foreground_fraction = foreground_fraction
         self.augmentation = augmentation
+        self._augments = augmentation != Augmentation()
         self.examples = _list_examples(self.cases, mode, patches_per_case)
         self._orders: tuple[_Order, ...] = ()
         self._table: tuple[Tensor, Tensor] | None = None
@@ -174,7 +175,7 @@ class ExampleIndex:
         if self.mode == "row":
             return self._rows(chosen)
         seeds = [derive(seed, "example", position) for position in positions]
-        if self.mode == "slice" and self.augmentation == Augmentation():
+        if self.mode == "slice" and not self._augments:
             plain = self._plain_slices(chosen)
             if plain is not None:
                 return plain
