@@ -38,9 +38,9 @@ class Spoiling(InProcessTransport):
         super().__init__()
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
-        answers = super().exchange(messages, timeout_s=timeout_s)
+        answers = super().exchange(messages, **how)
         if self.site in messages:
             sent = messages[self.site]
             self.asked.append(sent)
@@ -136,9 +136,9 @@ class Forgetful(runs.Recorder):
     keeping: tuple[SiteId, ...] = ()
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
-        answers = super().exchange(messages, timeout_s=timeout_s)
+        answers = super().exchange(messages, **how)
         for site, answer in answers.items():
             if isinstance(answer, Message) and site not in self.keeping:
                 header = {**answer.header, "keeps": False}
@@ -178,7 +178,7 @@ def test_nobody_is_asked_without_need(
             assert bool(message.tensors) == (number % 2 == 0)
     assert [r["exchanges"] for r in result.rounds] == [1 + bool(keeping), 2] * 2
     again = runs.run(study, tmp_path / "again")
-    assert [r["loss"] for r in again.rounds][0] == result.rounds[0]["loss"]
+    assert again.rounds[0]["loss"] == result.rounds[0]["loss"]
 
 
 def test_what_is_kept_is_filed_where_the_server_can_resume(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_what_is_kept_is_filed_where_the_server_can_resume(tmp_path: Path) -> No
         earlier = [n for n, s in enumerate(drawn[: number - 1], start=1) if s == site]
         assert versions[number, site] == max(earlier, default=0)
     saved = Checkpoints(result.folder.checkpoints).rounds()
-    assert saved == (0, 3, 5) or saved == (3, 5)
+    assert saved == (3, 5)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
@@ -260,11 +260,11 @@ class Dying(InProcessTransport):
         super().__init__()
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
         if any(m.header["round"] == self.number for m in messages.values()):
             raise KeyboardInterrupt
-        return super().exchange(messages, timeout_s=timeout_s)
+        return super().exchange(messages, **how)
 
 
 @pytest.mark.parametrize(("times", "fatal", "asked"), [(9, False, 3), (9, True, 1)])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +272,68 @@ def test_an_append_is_fast(tmp_path: Path) -> None:
     # About 30 microseconds on an idle machine, several times that with type checks
     # switched on; the bound only catches an fsync or a re-read of the file.
     assert np.median(times) < 2e-3
+
+
+def test_an_entry_without_a_digest_says_so_and_verifies(tmp_path: Path) -> None:
+    with Ledger(tmp_path, digests=False) as ledger:
+        ledger.append(action="x", server_round=1, reply=reply())
+        ledger.append(action="x", server_round=1, reply=reply(), digest="ab")
+    with Ledger(tmp_path) as ledger:
+        ledger.append(action="x", server_round=2, reply=reply())
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    found = [json.loads(line)["digest"] for line in lines]
+    assert found == [None, "ab", message_digest(reply())]
+    assert json.loads(lines[0])["tensors"]
+    assert verify(tmp_path).ok
+
+
+def test_more_ledgers_than_files_may_be_open(tmp_path: Path) -> None:
+    """A process that plays 1,000 sites lives under a limit of 1,024 files."""
+    ledger_module._close_all()
+    before = len(os.listdir("/proc/self/fd"))
+    ledgers = [Ledger(tmp_path / f"{site:04d}") for site in range(1100)]
+    for _ in range(2):
+        for ledger in ledgers:
+            ledger.append(action="x", server_round=1, reply=reply(), digest="0")
+    # Half of a process's files under any limit, 512 of the usual 1,024.
+    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4096)
+    assert len(os.listdir("/proc/self/fd")) - before <= limit // 2
+    for ledger in ledgers:
+        ledger.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(verify(tmp_path / f"{site:04d}").num_entries == 2 for site in (0, 1099))
+
+
+def test_a_ledger_whose_files_were_closed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sites.ledger._MAX_OPEN", 2)
+    ledgers = [Ledger(tmp_path / name) for name in "abcd"]
+    for number in range(3):
+        for ledger in ledgers:
+            ledger.append(action="x", server_round=number, reply=reply(), digest="0")
+    for name, ledger in zip("abcd", ledgers, strict=True):
+        ledger.close()
+        assert verify(tmp_path / name).ok
+        assert verify(tmp_path / name).num_entries == 3
+
+
+def test_a_new_folder_of_the_same_name_is_a_new_ledger(tmp_path: Path) -> None:
+    for _ in range(2):
+        ledger = Ledger(tmp_path / "a")
+        ledger.append(action="x", server_round=1, reply=reply(), digest="0")
+        assert verify(tmp_path / "a").num_entries == 1
+        shutil.rmtree(tmp_path / "a")
+    ledger.close()
+
+
+def test_the_time_is_utc_to_milliseconds(tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    entry = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[0])
+    written = datetime.fromisoformat(entry["time"])
+    assert written.utcoffset() == timedelta(0)
+    assert abs((datetime.now(UTC) - written).total_seconds()) < 60
+    assert len(entry["time"]) == len("2026-01-31T12:00:00.000+00:00")
 
 
 @given(st.data())
