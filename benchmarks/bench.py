@@ -1,0 +1,166 @@
+"""Measure what a study costs, beside bare PyTorch: W1 to W7.
+
+    python -m benchmarks.bench                  all, and write benchmarks/results.md
+    python -m benchmarks.bench --only W2,W3     these; others from earlier runs
+    python -m benchmarks.bench --quick          a try: few rounds, one repetition
+
+Results of single runs lie in .bench/<commit>/; a bench that was stopped goes on with
+the runs that are missing. `--fresh` measures everything anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import (
+    ROOT,
+    STORE,
+    Store,
+    Variant,
+    Workload,
+    measure,
+    summarise,
+)
+from benchmarks.results_page import page
+
+RESULTS = ROOT / "benchmarks" / "results.md"
+REPETITIONS = 5
+
+SELF_MEASURED = (
+    Workload(
+        key="W1",
+        title="Training: 2D U-Net, 8 sites x 32 slices of 96x96, one local epoch",
+        module="benchmarks.training",
+        variants=(Variant("all"),),
+        floors=("benchmarks/floor_training.py",),
+        whole=True,
+        repetitions=1,
+    ),
+    Workload(
+        key="W5",
+        title="Data: cold and warm start of 200 NIfTI volumes, cases per second",
+        module="benchmarks.data",
+        variants=(Variant("all"),),
+        floors=("benchmarks/data.py",),
+        whole=True,
+        repetitions=1,
+    ),
+    Workload(
+        key="W6",
+        title="Evaluation: Dice, ASD and HD95 of 100 volumes 256x256x40, 4 classes",
+        module="benchmarks.evaluation",
+        variants=(Variant("all"),),
+        floors=("benchmarks/evaluation.py",),
+        whole=True,
+        repetitions=1,
+    ),
+)
+"""Workloads whose module interleaves and repeats by itself."""
+
+
+def workloads() -> dict[str, Workload]:
+    """All workloads by key, in order."""
+    from benchmarks import exact_steps, scale, sites_and_cores, size
+
+    listed = (
+        *SELF_MEASURED,
+        *(m.WORKLOAD for m in (scale, size, exact_steps, sites_and_cores)),
+    )
+    return {w.key: w for w in sorted(listed, key=lambda w: w.key)}
+
+
+def code_version() -> str:
+    """The commit, and a hash of what was changed since."""
+    commit = _git("rev-parse", "--short=12", "HEAD").decode().strip()
+    changes = _git("diff", "HEAD", "--", "*.py")
+    if not changes:
+        return commit
+    return f"{commit}-{hashlib.blake2b(changes, digest_size=4).hexdigest()}"
+
+
+def _git(*arguments: str) -> bytes:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def tell(line: str) -> None:
+    """Show one line of progress."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def bench(
+    chosen: Mapping[str, Workload],
+    known: Mapping[str, Workload],
+    *,
+    store: Store,
+    repetitions: int,
+    quick: bool,
+) -> dict[str, dict[str, str]]:
+    """Measure the chosen workloads; gives what failed, by workload."""
+    failed: dict[str, dict[str, str]] = {key: {} for key in known}
+    for key, workload in chosen.items():
+        failed[key] = measure(
+            workload, store, repetitions=repetitions, quick=quick, told=tell
+        )
+    return failed
+
+
+def results(
+    known: Mapping[str, Workload],
+    failed: Mapping[str, Mapping[str, str]],
+    *,
+    store: Store,
+    repetitions: int,
+    quick: bool,
+    commit: str,
+) -> str:
+    """Write the page of all that is stored."""
+    tables, wholes = [], []
+    for key, workload in known.items():
+        if workload.whole:
+            said: dict[str, Any] = store.read(key, "all", 0) or {}
+            if said or failed[key]:
+                wholes.append((workload, said, failed[key]))
+        elif (rows := summarise(workload, store, repetitions)) or failed[key]:
+            tables.append((workload, rows, failed[key]))
+    return page(tables, wholes, commit=commit, repetitions=repetitions, quick=quick)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="workloads, e.g. W2,W3")
+    parser.add_argument("--quick", action="store_true", help="few rounds, once")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--fresh", action="store_true", help="measure all anew")
+    parser.add_argument("--out", type=Path, default=None, help="the results page")
+    asked = parser.parse_args(arguments)
+    known = workloads()
+    keys = [key for key in asked.only.upper().split(",") if key] or list(known)
+    if strangers := sorted(set(keys) - set(known)):
+        parser.error(f"unknown: {', '.join(strangers)}; known: {', '.join(known)}")
+    repetitions = 1 if asked.quick else asked.repetitions
+    commit = code_version()
+    store = Store(STORE / (f"{commit}-quick" if asked.quick else commit))
+    if asked.fresh:
+        for key in keys:
+            shutil.rmtree(store.folder / key, ignore_errors=True)
+    options = {"store": store, "repetitions": repetitions, "quick": asked.quick}
+    failed = bench({key: known[key] for key in keys}, known, **options)
+    out = asked.out or (store.folder / "results.md" if asked.quick else RESULTS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(results(known, failed, **options, commit=commit))
+    tell(f"written: {out}")
+    return int(any(failed.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
