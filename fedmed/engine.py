@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from fedmed import seeds
 from fedmed.checkpoint import Checkpoint, Checkpoints
 from fedmed.errors import QuorumError, ResumeError, SiteError, WireError
 from fedmed.gate import Expectation, screen
-from fedmed.message import Answer, Message, SiteFailure, SiteId
+from fedmed.message import Answer, Message, SiteFailure, SiteId, State
 from fedmed.participation import draw
-from fedmed.payload import Metrics, Payload, expect, from_message
+from fedmed.payload import Metrics, expect, from_message
+from fedmed.replies import Replies
 from fedmed.runfolder import Observer, RunFolder
 from fedmed.strategy import (
     Cohort,
@@ -256,11 +259,9 @@ class Engine:
         stamp: tuple[int, int],
         server: Server,
         log: RoundLog,
-    ) -> dict[SiteId, Payload]:
-        sent = {
-            site: self._message(request, site, stamp, log.exchanges) for site in targets
-        }
-        answers = self._deliver(sent)
+    ) -> Replies:
+        sent = self._messages(request, targets, stamp, log.exchanges)
+        answers = self._deliver(sent, server.shared)
         log.count(sent, answers)
         log.failed.update(failures(answers))
         log.is_hopeless |= any(
@@ -278,36 +279,49 @@ class Engine:
                 log.losses[site] = float(loss)
         log.exchanges += 1
         self.observer.exchanged(stamp[0], log.exchanges, log.losses)
-        return {site: from_message(accepted[site]) for site in sorted(accepted)}
+        return Replies(accepted)
 
-    def _message(
-        self, request: Exchange, site: SiteId, stamp: tuple[int, int], exchange: int
-    ) -> Message:
-        content = {**request.content, **request.content_by_site.get(site, {})}
+    def _messages(
+        self,
+        request: Exchange,
+        targets: Iterable[SiteId],
+        stamp: tuple[int, int],
+        exchange: int,
+    ) -> dict[SiteId, Message]:
+        """Write the messages; what all sites get is one object for all of them."""
+        common = flattened(request.content)
         number, attempt = stamp
-        token = self._tokens.get(site, "")
-        header: dict[str, Any] = {
-            "round": number,
-            "token": f"{number}.{attempt}.{exchange}",
-            # Who keeps nothing has staged nothing to go on from.
-            "after": token if self._kept.tells.get(site, True) else "",
-            "version": self._kept.rounds.get(site, 0),
-            "values": {},
-            "states": [],
-        }
-        tensors = {}
-        for name, value in content.items():
-            if isinstance(value, Mapping):
-                header["states"].append(name)
-                tensors.update({f"{name}/{key}": t for key, t in value.items()})
-            else:
-                header["values"][name] = value
-        return Message(request.action, header, tensors)
+        sent = {}
+        for site in targets:
+            content = common
+            if site in request.content_by_site:
+                own = request.content_by_site[site]
+                content = flattened({**request.content, **own})
+                if content.states == common.states and not any(
+                    isinstance(value, Mapping) for value in own.values()
+                ):
+                    content = replace(content, tensors=common.tensors)
+            token = self._tokens.get(site, "")
+            header = {
+                "round": number,
+                "token": f"{number}.{attempt}.{exchange}",
+                # Who keeps nothing has staged nothing to go on from.
+                "after": token if self._kept.tells.get(site, True) else "",
+                "version": self._kept.rounds.get(site, 0),
+                "values": content.values,
+                "states": content.states,
+            }
+            sent[site] = Message(request.action, header, content.tensors)
+        return sent
 
-    def _deliver(self, sent: Mapping[SiteId, Message]) -> dict[SiteId, Answer]:
+    def _deliver(
+        self, sent: Mapping[SiteId, Message], reference: State | None = None
+    ) -> dict[SiteId, Answer]:
         if not sent:
             return {}
-        return self.transport.exchange(sent, timeout_s=self.study.tolerance.timeout_s)
+        return self.transport.exchange(
+            sent, timeout_s=self.study.tolerance.timeout_s, reference=reference
+        )
 
     def _screen(
         self, messages: Mapping[SiteId, Message], server: Server
@@ -345,12 +359,8 @@ class Engine:
             "file": files,
             "weights": server.shared if splits else {},
         }
-        sent = {
-            site: self._message(
-                Exchange("end_round", (site,), content), site, stamp, log.exchanges
-            )
-            for site in targets
-        }
+        request = Exchange("end_round", tuple(targets), content)
+        sent = self._messages(request, targets, stamp, log.exchanges)
         needed = {*self._tokens, *owing}
         answers = self._deliver_again(sent, needed, log)
         rows: list[Mapping[str, Any]] = []
@@ -496,6 +506,33 @@ def failures(answers: Mapping[SiteId, Answer]) -> dict[SiteId, str]:
         for site, answer in answers.items()
         if isinstance(answer, SiteFailure)
     }
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a server's message says, as it travels.
+
+    Attributes:
+        values: The JSON values by name.
+        states: Names of the states.
+        tensors: Of all states, under joined names.
+    """
+
+    values: dict[str, Any]
+    states: list[str]
+    tensors: dict[str, torch.Tensor]
+
+
+def flattened(content: Mapping[str, Any]) -> Content:
+    """Tell JSON values and states apart, and join the names of nested tensors."""
+    flat = Content({}, [], {})
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat.states.append(name)
+            flat.tensors.update({f"{name}/{key}": t for key, t in value.items()})
+        else:
+            flat.values[name] = value
+    return flat
 
 
 def restored(server: Server, checkpoint: Checkpoint) -> Server:

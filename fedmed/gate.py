@@ -7,9 +7,9 @@ never costs the run. What the gate cannot see: a small, well-formed, malicious u
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fedmed.errors import SiteError
+from fedmed.flat import FlatTensors, run_of, section_of, sum_of_squares
 from fedmed.message import Message, SiteId
 from fedmed.payload import KINDS
 
@@ -28,6 +29,7 @@ MODEL_KINDS = frozenset({"Weights", "Gradient"})
 
 _RAGGED_KINDS = frozenset({"Embedding", "AmplitudeStatistic"})
 _SECTIONS = frozenset({"state", "buffers", "extra"})
+_STATISTICS = "buffers"
 _NAMED_IN_REASON = 3
 
 
@@ -85,9 +87,10 @@ def screen(
     """
     accepted: dict[SiteId, Message] = {}
     refused: dict[SiteId, str] = {}
+    known: _Checked = {}
     for site_id in sorted(replies):
         try:
-            _check(replies[site_id], expectation, site_id)
+            _check(replies[site_id], expectation, site_id, known)
             accepted[site_id] = replies[site_id]
         except _RefusedError as refusal:
             refused[site_id] = str(refusal)
@@ -101,7 +104,7 @@ def screen(
 
 
 def update_norms(message: Message, expectation: Expectation) -> dict[str, float]:
-    """Measure a reply's update in float64, one L2 norm per named state.
+    """Measure a reply's update, one L2 norm per named state.
 
     Args:
         message: A reply; a `Weights` reply is measured from the reference.
@@ -113,31 +116,74 @@ def update_norms(message: Message, expectation: Expectation) -> dict[str, float]
     """
     if message.kind not in MODEL_KINDS:
         return {}
+    norms = message.norms
+    if norms is None:
+        norms = measure(message, expectation.reference)
+    return {section: norm for section, norm in norms.items() if section != _STATISTICS}
+
+
+def measure(
+    message: Message, reference: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Measure the floating numbers of a message, one L2 norm per section.
+
+    Args:
+        message: Any; a `Weights` message's "state" is measured from the reference.
+        reference: The server's shared entries.
+
+    Returns:
+        Norms; NaN or infinite if any number is.
+    """
+    if isinstance(message.tensors, FlatTensors):
+        return _measure_runs(message.kind, message.tensors, reference)
     parts: dict[str, list[float]] = {}
     for name, tensor in message.tensors.items():
-        section, entry = _split(name)
-        if section == "buffers" or not tensor.is_floating_point():
+        section, entry = section_of(name)
+        if not tensor.is_floating_point():
             continue
         update = tensor.double()
-        if message.kind == "Weights" and section == "state":
-            update = update - expectation.reference[entry].double()
+        if (message.kind, section) == ("Weights", "state"):
+            update = update - reference[entry].double()
         norm = torch.linalg.vector_norm(update)
         parts.setdefault(section, []).append(float(norm))
     return {section: math.hypot(*norms) for section, norms in parts.items()}
 
 
-def _check(message: Message, expectation: Expectation, site_id: SiteId) -> None:
+def _measure_runs(
+    kind: str, tensors: FlatTensors, reference: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for run in tensors.layout.runs:
+        if not run.dtype.is_floating_point:
+            continue
+        origin = None
+        if (kind, run.section) == ("Weights", "state"):
+            names = tuple(section_of(name)[1] for name in run.names)
+            origin = run_of(reference, names)
+        found = sum_of_squares(run.read(tensors.buffer), origin)
+        squares[run.section] = squares.get(run.section, 0.0) + found
+    return {section: math.sqrt(total) for section, total in squares.items()}
+
+
+_Checked = dict[tuple[str, int], str | None]
+"""(kind, identity of the layout) -> what is wrong with its names, shapes and dtypes."""
+
+
+def _check(
+    message: Message,
+    expectation: Expectation,
+    site_id: SiteId,
+    known: _Checked | None = None,
+) -> None:
     if message.kind not in expectation.kinds:
         raise _RefusedError(
             f"a reply of kind {message.kind[:40]!r}; expected "
             f"{', '.join(sorted(expectation.kinds))}"
         )
     _check_header(message, expectation, site_id)
-    for name, tensor in message.tensors.items():
-        if message.kind in MODEL_KINDS:
-            _check_entry(name, tensor, expectation)
-        if not bool(torch.isfinite(tensor).all()):
-            raise _RefusedError(f"{_show(name)} holds NaN or infinity")
+    if message.kind in MODEL_KINDS:
+        _check_entries(message, expectation, {} if known is None else known)
+    _check_finite(message)
     if expectation.max_norm is not None:
         for section, norm in update_norms(message, expectation).items():
             if not norm <= expectation.max_norm:
@@ -145,6 +191,28 @@ def _check(message: Message, expectation: Expectation, site_id: SiteId) -> None:
                     f"the update's norm ({section}) is {norm:.3g}; at most "
                     f"{expectation.max_norm:.3g} is allowed"
                 )
+
+
+def _check_finite(message: Message) -> None:
+    if message.norms is not None and all(map(math.isfinite, message.norms.values())):
+        return
+    for name, tensor in message.tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _RefusedError(f"{_show(name)} holds NaN or infinity")
+
+
+def _check_entries(message: Message, expectation: Expectation, known: _Checked) -> None:
+    """Check names, shapes and dtypes, once for all replies of one layout."""
+    key = (message.kind, id(getattr(message.tensors, "layout", message)))
+    if key not in known:
+        known[key] = None
+        try:
+            for name, tensor in message.tensors.items():
+                _check_entry(name, tensor, expectation)
+        except _RefusedError as refusal:
+            known[key] = str(refusal)
+    if (problem := known[key]) is not None:
+        raise _RefusedError(problem)
 
 
 def _check_header(message: Message, expectation: Expectation, site_id: SiteId) -> None:
@@ -183,7 +251,7 @@ def _check_weight(weight: Any, registered: int) -> None:
 
 
 def _check_entry(name: str, tensor: torch.Tensor, expectation: Expectation) -> None:
-    section, entry = _split(name)
+    section, entry = section_of(name)
     if section.partition("/")[0] not in _SECTIONS:
         raise _RefusedError(f"{_show(name)} belongs to no declared state")
     expected = expectation.reference.get(entry)
@@ -209,6 +277,11 @@ _Layout = frozenset[tuple[str, tuple[int, ...], str]]
 def _unlike(messages: Mapping[SiteId, Message]) -> dict[SiteId, str]:
     """Find the sites whose kind, names or shapes differ from what most sites send."""
     if len(messages) < 2:
+        return {}
+    if (
+        len({(m.kind, id(getattr(m.tensors, "layout", m))) for m in messages.values()})
+        < 2
+    ):
         return {}
     layouts = {site: (m.kind, _layout(m)) for site, m in messages.items()}
     votes = Counter(layouts.values())
@@ -248,12 +321,11 @@ def _outsized(
 ) -> dict[SiteId, str]:
     norms = {site: update_norms(m, expectation) for site, m in messages.items()}
     refused = {}
-    for site, own in norms.items():
-        for section, norm in own.items():
-            others = [
-                n[section] for s, n in norms.items() if s != site and section in n
-            ]
-            median = statistics.median(others) if others else 0.0
+    for section in sorted({section for own in norms.values() for section in own}):
+        held = {site: own[section] for site, own in norms.items() if section in own}
+        largest = sorted(held.values())
+        for site, norm in held.items():
+            median = _median_of_others(largest, norm)
             # All others may stand still (a fully converged or frozen network).
             if median > 0 and not norm <= factor * median:
                 refused[site] = (
@@ -261,17 +333,19 @@ def _outsized(
                     f"{norm / median:.3g} times the median of the other sites; at "
                     f"most {factor:.3g} times is allowed"
                 )
-                logger.warning("site %s: %s", site, refused[site])
+    for site, why in refused.items():
+        logger.warning("site %s: %s", site, why)
     return refused
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Split "extra/control/conv.weight" into ("extra/control", "conv.weight")."""
-    section, _, entry = name.partition("/")
-    if section == "extra":
-        inner, _, entry = entry.partition("/")
-        section = f"extra/{inner}"
-    return section, entry
+def _median_of_others(ordered: list[float], own: float) -> float:
+    """Median of sorted numbers without one of them; 0 if there are no others."""
+    count = len(ordered) - 1
+    if count < 1:
+        return 0.0
+    gap = bisect.bisect_left(ordered, own)
+    middle = [(count - 1) // 2, count // 2]
+    return sum(ordered[k + (k >= gap)] for k in middle) / 2
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ matter (`fedmed.transports`), how it looks as bytes is `fedmed.wire`'s.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,15 +30,22 @@ class Message:
             of payload that leaves the site ("Gradient", "Weights", "Metrics").
         header: JSON-serialisable facts: round, step, num_examples, losses...
         tensors: Flat, named tensors; nested states join their names with "/".
+        norms: L2 norm of the floating numbers of each section, if whoever carried the
+            message measured them where it was made; see `fedmed.gate.measure`. Never
+            read from another machine.
     """
 
     kind: str
     header: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    norms: Mapping[str, float] | None = field(default=None, compare=False)
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         """Bytes of the tensors, without header and framing."""
+        known = getattr(self.tensors, "content_bytes", None)
+        if known is not None:
+            return int(known)
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 

@@ -9,17 +9,16 @@ subtree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedmed.errors import SiteError, StateMismatchError
+from fedmed.flat import CHUNK, FlatTensors, Section
 from fedmed.message import SiteId, State
 from fedmed.partition import Entry, shorten
-
-CHUNK = 1 << 16
-"""Values added at a time."""
+from fedmed.replies import SiteStates
 
 
 def tree_sum(values: Sequence[State], weights: Sequence[float | int]) -> State:
@@ -73,6 +72,9 @@ def weighted_mean(
         McMahan et al., Communication-Efficient Learning of Deep Networks from
         Decentralized Data, AISTATS 2017, arXiv:1602.05629, algorithm 1.
     """
+    packed = states.rows() if isinstance(states, SiteStates) else None
+    if packed is not None:
+        return _mean_of_rows(*packed, _shares(states, weights))
     shares = normalised_weights(states, weights)
     return tree_sum([states[site] for site in shares], list(shares.values()))
 
@@ -112,14 +114,10 @@ def merge_norm_statistics(
         {n: t for n, t in states[site].items() if n in set(names)} for site in shares
     ]
     merged = tree_sum(parts, list(shares.values()))
-    # running_mean and running_var are the names torch's own layers give to them.
     for name in (n for n in names if roles[n] == "norm_statistic"):
-        module, _, statistic = name.rpartition(".")
-        if statistic != "running_var":
+        if not _is_variance(name):
             continue
-        mean_name = f"{module}.running_mean" if module else "running_mean"
-        if mean_name not in merged:
-            raise StateMismatchError(f"{name} came without {mean_name}")
+        mean_name = _mean_of_variance(name, merged)
         merged[name] = _total_variance(
             [part[mean_name] for part in parts],
             [part[name] for part in parts],
@@ -154,6 +152,9 @@ def merge_states(
     """
     entries = tuple(entries)
     known = {entry.name for entry in entries}
+    packed = states.rows() if isinstance(states, SiteStates) else None
+    if packed is not None and known.issuperset(packed[0].slots):
+        return _merge_rows(*packed, _shares(states, weights), entries)
     averaged = {e.name for e in entries if e.role in ("weight", "norm_affine")}
     for site in sorted(states):
         unknown = [name for name in states[site] if name not in known]
@@ -167,6 +168,38 @@ def merge_states(
     )
     merged = means | merge_norm_statistics(states, weights, entries)
     return {name: merged[name] for name in states[min(states)]}
+
+
+def _merge_rows(
+    section: Section,
+    rows: Mapping[SiteId, FlatTensors],
+    shares: Mapping[SiteId, float],
+    entries: tuple[Entry, ...],
+) -> State:
+    """Do what `merge_states` does with replies that are laid out alike."""
+    merged = _mean_of_rows(section, rows, shares)
+    statistics = {e.name for e in entries if e.role == "norm_statistic"}
+    for name in (n for n in merged if n in statistics and _is_variance(n)):
+        mean_name = _mean_of_variance(name, merged)
+        means, variances = (
+            [rows[site][section.slots[n].name] for site in shares]
+            for n in (mean_name, name)
+        )
+        merged[name].copy_(_total_variance(means, variances, list(shares.values())))
+    return merged
+
+
+def _is_variance(name: str) -> bool:
+    """Whether it is a running variance: the name that torch's own layers give it."""
+    return name.rpartition(".")[2] == "running_var"
+
+
+def _mean_of_variance(name: str, held: Mapping[str, Tensor]) -> str:
+    module = name.rpartition(".")[0]
+    mean_name = f"{module}.running_mean" if module else "running_mean"
+    if mean_name not in held:
+        raise StateMismatchError(f"{name} came without {mean_name}")
+    return mean_name
 
 
 def normalised_weights(
@@ -185,7 +218,15 @@ def normalised_weights(
         >>> normalised_weights({"b": {}, "a": {}, "c": {}}, {"a": 3, "b": 1, "c": 0})
         {'a': 0.75, 'b': 0.25}
     """
-    if set(states) != set(weights):
+    shares = _shares(states, weights)
+    _check_alike(states)
+    return shares
+
+
+def _shares(
+    states: Mapping[SiteId, State], weights: Mapping[SiteId, float | int]
+) -> dict[SiteId, float]:
+    if states.keys() != weights.keys():
         odd = sorted(set(states) ^ set(weights))
         raise SiteError(f"weights and states are of different sites: {', '.join(odd)}")
     for site in sorted(weights):
@@ -201,8 +242,42 @@ def normalised_weights(
             f"no weight is positive among {len(weights)} sites",
             hint="keep the previous model: there is nothing to average",
         )
-    _check_alike(states)
     return {s: weights[s] / total for s in sorted(weights) if weights[s] > 0}
+
+
+def _mean_of_rows(
+    section: Section, rows: Mapping[SiteId, FlatTensors], shares: Mapping[SiteId, float]
+) -> State:
+    """Average replies that are laid out alike, run by run."""
+    taking_part = [rows[site] for site in shares]
+    layout = section.alone
+    adder = taking_part[0].adder
+    size = layout.num_bytes
+    buffer = adder.allocate(size) if adder else torch.empty(size, dtype=torch.uint8)
+    for target, run in zip(layout.runs, section.runs, strict=True):
+        out = target.read(buffer)
+        parts = [run.read(row.buffer) for row in taking_part]
+        if not run.dtype.is_floating_point:
+            out.copy_(_combine(parts, []))
+        elif adder is None or not adder.add(out, parts, list(shares.values())):
+            add_rows(out, parts, list(shares.values()))
+    return FlatTensors(layout, buffer).state(section.name)
+
+
+def add_rows(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    r"""Form $\sum_s w_s x_s$ along the fixed tree, chunk by chunk.
+
+    What a number becomes depends on its own column alone, so that columns may be
+    shared out among processes in any way.
+
+    Args:
+        out: (N,), written.
+        rows: One (N,) of its dtype per site, in sorted order of the sites.
+        weights: One per row.
+    """
+    for start in range(0, len(out), CHUNK):
+        part = slice(start, start + CHUNK)
+        out[part].copy_(_tree([row[part] for row in rows], weights))
 
 
 def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
@@ -216,22 +291,16 @@ def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tenso
         return _tree(tensors, weights).to(first.dtype)
     # Same numbers, several times faster: float64 sums that fit a processor's cache.
     result = torch.empty_like(first)
-    chunks = zip(*(_pieces(t) for t in tensors), strict=True)
-    for target, pieces in zip(_pieces(result), chunks, strict=True):
-        target.copy_(_tree(pieces, weights))
+    add_rows(result.view(-1), [t.detach().view(-1) for t in tensors], weights)
     return result
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.detach().view(-1)
-    return (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
 
 
 def _tree(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
     # A binary counter: only log2(sites) partial sums are alive at a time.
     pending: list[tuple[int, Tensor]] = []
     for tensor, weight in zip(tensors, weights, strict=True):
-        pending.append((0, tensor.detach().to(torch.float64) * weight))
+        product = tensor.detach().to(torch.float64, copy=True).mul_(weight)
+        pending.append((0, product))
         while len(pending) > 1 and pending[-1][0] == pending[-2][0]:
             level, right = pending.pop()
             _, left = pending.pop()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from fedmed import seeds
+from fedmed.errors import WireError
+from fedmed.flat import lazy_clone
 from fedmed.imaging.preprocess import cut_fraction
 from fedmed.message import Message, SiteId, State
 from fedmed.partition import StatePartition
@@ -24,10 +26,101 @@ from fedmed.task import Task, build_model, build_trainer, resolve_device
 from fedmed.training.augment import Augmentation
 from fedmed.training.examples import Batch, ExampleIndex
 from fedmed.training.trainer import Trainer
-from sites.data import SiteData, divided_by_slices, list_sites, open_site, prepare_site
+from sites.data import SiteData, SiteList, divided_by_slices
 
 CUT_LIMIT = 0.05
 """Share of an organ outside the network's window that is worth a warning."""
+
+
+class Workshop:
+    """What the workbenches of one process share: above all the one live network.
+
+    A bench puts all entries into the network before it uses it, so that nothing of
+    one site is seen by another.
+
+    Args:
+        study: The study.
+        cache: Folder of prepared cases.
+    """
+
+    def __init__(self, study: Study, cache: Path) -> None:
+        self.study = study
+        self.cache = cache
+
+    @functools.cached_property
+    def sites(self) -> SiteList:
+        """The study's sites, listed once."""
+        return SiteList(self.study, self.cache)
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What is to be learned, as the data set's card says."""
+        return Task.of(self.sites.card)
+
+    @functools.cached_property
+    def strategy(self) -> Strategy:
+        """The study's method."""
+        section = self.study.strategy
+        return load_strategy(section.name, section.options)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The trainer of no site in particular."""
+        return build_trainer(self.study, "")
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The live network; weights are loaded per message."""
+        device = resolve_device(self.study.train.device)
+        model = build_model(self.study, self.task, self.strategy).to(device)
+        if self.study.model.mode == "slice":
+            # A third faster on CPUs, more on GPUs with tensor cores.
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    @functools.cached_property
+    def live(self) -> State:
+        """The live network's own tensors; what is written to them, it computes with."""
+        return {n: t.detach() for n, t in self.model.state_dict(keep_vars=True).items()}
+
+    @functools.cached_property
+    def partition(self) -> StatePartition:
+        """What of the network is shared."""
+        return StatePartition.of(self.model, self.strategy.keeps)
+
+    def initial(self) -> State:
+        """The network's initial entries, equal at the server and at every site."""
+        fresh = build_model(self.study, self.task, self.strategy)
+        return {name: tensor.detach() for name, tensor in fresh.state_dict().items()}
+
+    @functools.cached_property
+    def initially_kept(self) -> State:
+        """Initial entries of what sites keep for themselves."""
+        if not self.partition.kept:
+            return {}
+        fresh = self.initial()
+        return {name: fresh[name].clone() for name in self.partition.kept}
+
+    def load(self, state: State) -> nn.Module:
+        """Put entries into the live network.
+
+        Raises:
+            WireError: If one is missing, or has another shape than the network's.
+        """
+        targets, values = [], []
+        for name, target in self.live.items():
+            value = state.get(name)
+            if value is None or value.shape != target.shape:
+                seen = "missing" if value is None else f"{tuple(value.shape)}"
+                raise WireError(
+                    f"entry {name!r} of the network is {seen}, expected "
+                    f"{tuple(target.shape)}"
+                )
+            targets.append(target)
+            values.append(value)
+        with torch.no_grad():
+            torch._foreach_copy_(targets, values)
+        return self.model
 
 
 class Workbench:
@@ -37,12 +130,19 @@ class Workbench:
         study: The study.
         site_id: The site, or the virtual pooled site.
         cache: Folder of prepared cases.
+        workshop: Shared with the other benches of this process; None = its own.
     """
 
-    def __init__(self, study: Study, site_id: SiteId, cache: Path) -> None:
+    def __init__(
+        self,
+        study: Study,
+        site_id: SiteId,
+        cache: Path,
+        workshop: Workshop | None = None,
+    ) -> None:
         self.study = study
         self.site_id = site_id
-        self._cache = cache
+        self.workshop = workshop or Workshop(study, cache)
 
     @property
     def is_pooled(self) -> bool:
@@ -52,13 +152,14 @@ class Workbench:
     @functools.cached_property
     def pool(self) -> tuple[SiteData, ...]:
         """The hospitals behind this bench: one, or all training sites."""
+        sites = self.workshop.sites
         if not self.is_pooled:
-            return (self._divided(open_site(self.study, self.site_id, self._cache)),)
-        card, found = list_sites(self.study, self._cache)
-        training = [s for s in found if s.site_id not in self.study.split.held_out]
+            return (self._divided(sites.open(self.site_id)),)
+        held_out = set(self.study.split.held_out)
         return tuple(
-            self._divided(prepare_site(self.study, card, source, self._cache))
-            for source in training
+            self._divided(sites.open(source.site_id))
+            for source in sites.sources
+            if source.site_id not in held_out
         )
 
     def _divided(self, data: SiteData) -> SiteData:
@@ -78,41 +179,35 @@ class Workbench:
         listed = {ref.case_id for data in self.pool for ref in data.source.cases}
         return frozenset(listed.union(*(data.quarantined for data in self.pool)))
 
-    @functools.cached_property
+    @property
     def task(self) -> Task:
-        """What is to be learned, as the data set's card says."""
-        return Task.of(self.data.card)
+        """What is to be learned."""
+        return self.workshop.task
 
-    @functools.cached_property
+    @property
     def strategy(self) -> Strategy:
         """The study's method."""
-        section = self.study.strategy
-        return load_strategy(section.name, section.options)
+        return self.workshop.strategy
 
-    @functools.cached_property
+    @property
     def model(self) -> nn.Module:
-        """The one live network of this bench; weights are loaded per message."""
-        device = resolve_device(self.study.train.device)
-        model = build_model(self.study, self.task, self.strategy).to(device)
-        if self.study.model.mode == "slice":
-            # A third faster on CPUs, more on GPUs with tensor cores.
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
+        """The live network, shared by the benches of this process."""
+        return self.workshop.model
 
-    @functools.cached_property
+    @property
     def initial(self) -> State:
         """The network's initial entries, equal at the server and at every site."""
-        return {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        return self.workshop.initial()
 
-    @functools.cached_property
+    @property
     def partition(self) -> StatePartition:
         """What of the network is shared."""
-        return StatePartition.of(self.model, self.strategy.keeps)
+        return self.workshop.partition
 
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The site's trainer."""
-        return build_trainer(self.study, self.site_id)
+        return replace(self.workshop.trainer, site_id=self.site_id)
 
     @property
     def training(self) -> tuple[SiteData, ...]:
@@ -136,12 +231,12 @@ class Workbench:
             augmentation=Augmentation(**self.study.train.augmentation),
         )
 
-    @property
+    @functools.cached_property
     def num_examples(self) -> int:
         """Training examples; slices, patches or rows."""
         return sum(len(index) for index in self.indices)
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         """Local steps per round."""
         train = self.study.train
@@ -177,9 +272,18 @@ class Workbench:
     def load(self, shared: State, private: Private) -> nn.Module:
         """Put shared and kept entries into the live network."""
         kept = private.states.get("kept", {})
-        state = {**self.initial, **kept, **shared}
-        self.model.load_state_dict(state)
-        return self.model
+        return self.workshop.load({**self.workshop.initially_kept, **kept, **shared})
+
+    def entries(self, model: nn.Module, names: Iterable[str]) -> State:
+        """Copy entries out of a network.
+
+        A copy is made when somebody writes to either side, so that what is only read
+        once more, to be sent, is not copied twice.
+        """
+        live = self.workshop.live
+        if model is not self.workshop.model:
+            live = {n: t.detach() for n, t in model.state_dict().items()}
+        return {name: lazy_clone(live[name].cpu()) for name in names}
 
     def _data_fingerprint(self) -> str:
         """One hash of all images and labels, and of who is in which split."""
@@ -256,14 +360,9 @@ class HospitalContext:
 
     def shared_of(self, model: nn.Module) -> State:
         """Copy the shared entries out of the network."""
-        return _copied(model, self.partition.shared)
+        return self._bench.entries(model, self.partition.shared)
 
     def keep(self, model: nn.Module, **states: State) -> Private:
         """The private value after this action: kept entries plus further states."""
-        kept = _copied(model, self.partition.kept)
+        kept = self._bench.entries(model, self.partition.kept)
         return self.private.with_states(**({"kept": kept} if kept else {}), **states)
-
-
-def _copied(model: nn.Module, names: Iterable[str]) -> State:
-    state: Mapping[str, torch.Tensor] = model.state_dict()
-    return {name: state[name].detach().cpu().clone() for name in names}

@@ -7,9 +7,11 @@ recorded. The transports call it; it knows nothing of them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,11 @@ import torch
 from fedmed.errors import SiteError, WireError
 from fedmed.message import Message, SiteFailure, SiteId, State
 from fedmed.payload import Card, Metrics, Payload, to_message
-from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
-from fedmed.strategy import Outcome, Private, Strategy
-from fedmed.study import expand, study_from_dict
+from fedmed.strategy import Outcome, Private
+from fedmed.study import Study, expand, study_from_dict
 from sites.case_names import CaseNames, load_pseudonym_key
-from sites.context import HospitalContext, Workbench
-from sites.data import list_sites
+from sites.context import HospitalContext, Workbench, Workshop
 from sites.evaluation import evaluate
 from sites.ledger import Ledger
 from sites.policy import (
@@ -48,57 +48,60 @@ def open_host(site_id: SiteId, options: Mapping[str, Any]) -> Host:
         options: "study" (a mapping), "folder" (the run folder), "cache" and
             "durable" (write working state through after each message).
     """
-    study = study_from_dict(options["study"])
-    folder = RunFolder(Path(options["folder"]))
-    policy = (
-        load_policy(expand(study.sites.policy))
-        if study.sites.policy
-        else Policy.permissive()
-    )
-    cache = Path(options["cache"])
-    return Host(
-        Workbench(study, site_id, cache),
-        load_strategy(study.strategy.name, study.strategy.options),
-        policy,
-        folder,
-        cache=cache,
-        durable=bool(options["durable"]),
-    )
+    common = options.get("common", {})
+    if "hospital" not in common:
+        common["hospital"] = Premises.of(options)
+    return Host(common["hospital"], site_id, durable=bool(options["durable"]))
+
+
+@dataclass(frozen=True)
+class Premises:
+    """What all hosts of one process share.
+
+    Attributes:
+        workshop: Study, list of sites and the live network.
+        policy: What may leave.
+        folder: Run folder.
+    """
+
+    workshop: Workshop
+    policy: Policy
+    folder: RunFolder
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Premises:
+        """Read what a transport was given."""
+        study = study_from_dict(options["study"])
+        policy = (
+            load_policy(expand(study.sites.policy))
+            if study.sites.policy
+            else Policy.permissive()
+        )
+        workshop = Workshop(study, Path(options["cache"]))
+        return cls(workshop, policy, RunFolder(Path(options["folder"])))
 
 
 class Host:
     """One hospital.
 
     Args:
-        bench: Data, network and trainer of the site.
-        strategy: The study's method; its `at_site` methods answer.
-        policy: What may leave.
-        folder: Run folder; the site writes to its own parts only.
-        cache: Folder of prepared cases, as the bench's.
+        premises: What it shares with the others of this process.
+        site_id: Its name.
         durable: The process may change between two messages.
     """
 
-    def __init__(
-        self,
-        bench: Workbench,
-        strategy: Strategy,
-        policy: Policy,
-        folder: RunFolder,
-        *,
-        cache: Path,
-        durable: bool,
-    ) -> None:
-        self._bench = bench
-        self._strategy = strategy
-        self._policy = policy
-        self._cache = cache
-        self._folder = folder.site_folder(bench.site_id)
-        self._ledger = Ledger(folder.ledger / bench.site_id)
+    def __init__(self, premises: Premises, site_id: SiteId, *, durable: bool) -> None:
+        shop, folder = premises.workshop, premises.folder
+        self._bench = Workbench(shop.study, site_id, shop.cache, shop)
+        self._policy = premises.policy
+        self._folder = folder.site_folder(site_id)
+        self._ledger = Ledger(folder.ledger / site_id)
         self._store = PrivateStore(self._folder / "private", durable=durable)
         self._asked = Message("open")
         self._numbers: dict[str, int] = {}
-        if bench.is_pooled:
-            require_pooled(policy, bench.site_id)
+        self._keeps = self._store.keeps(Private())
+        if self._bench.is_pooled:
+            require_pooled(self._policy, site_id)
 
     def close(self) -> None:
         """Release files."""
@@ -123,7 +126,7 @@ class Host:
         if self._policy.case_ids == "keep":
             return frozenset()
         try:
-            _, found = list_sites(self._bench.study, self._cache)
+            found = self._bench.workshop.sites.sources
         except Exception:
             return None
         names = {name for site in found for name in site.problems}
@@ -137,13 +140,14 @@ class Host:
         Raises:
             FedMedError: Anything that a person can mend.
         """
-        self._asked, self._numbers = message, {}
-        with torch.random.fork_rng(devices=[]):
-            # Dropout in a network must not depend on what this process did before.
-            torch.manual_seed(self._bench.seed(message))
+        self._asked, self._numbers = Message(message.kind, message.header), {}
+        # Dropout in a network must not depend on what this process did before.
+        with seeded(self._bench.seed(message)):
             payload = self._answer(message)
         reply = to_message(payload)
         reply = enforce(self._policy, reply, context=self._policy_context(message))
+        # Who keeps nothing need not be asked to file it, and may move to any process.
+        reply = replace(reply, header={**reply.header, "keeps": self._keeps})
         self._record(reply)
         return reply
 
@@ -162,20 +166,26 @@ class Host:
         if self._policy.case_ids == "keep":
             return case_id
         drop = self._policy.case_ids == "drop"
-        key = load_pseudonym_key(self._folder)
+        key = self._pseudonym_key
         return CaseNames(key=key, drop=drop, numbers=self._numbers).name(case_id)
+
+    @functools.cached_property
+    def _pseudonym_key(self) -> bytes:
+        keeps_names = self._policy.case_ids == "keep"
+        return b"" if keeps_names else load_pseudonym_key(self._folder)
 
     def _policy_context(self, message: Message) -> PolicyContext:
         """What the policy needs to know; only simulations may have guessable noise."""
         simulated = self._bench.study.transport.name != "deployment"
         header = message.header
+        measured = self._policy.noise or self._policy.max_update_norm is not None
         return PolicyContext(
             site_id=self._bench.site_id,
             round=int(header.get("round", 0)),
             token=str(header.get("token", "")),
-            received=arguments(message).get("weights", {}),
+            received=arguments(message).get("weights", {}) if measured else {},
             case_ids=self._bench.case_ids,
-            pseudonym_key=load_pseudonym_key(self._folder),
+            pseudonym_key=self._pseudonym_key,
             numbers=self._numbers,
             simulation_seed=self._bench.study.seed if simulated else None,
         )
@@ -208,14 +218,17 @@ class Host:
         outcome = action(context, **arguments(message))
         if outcome.private is not None:
             private = outcome.private
-        self._store.stage(str(message.header["token"]), private)
+        self._keeps = self._store.keeps(private)
+        if self._keeps:
+            self._store.stage(str(message.header["token"]), private)
         return outcome.payload
 
     def _action(self, name: str) -> Callable[..., Outcome]:
-        method = getattr(self._strategy, name, None)
+        strategy = self._bench.strategy
+        method = getattr(strategy, name, None)
         if method is None or not getattr(method, "_fedmed_at_site", False):
             raise WireError(
-                f"strategy {type(self._strategy).__name__} has no site action {name!r}"
+                f"strategy {type(strategy).__name__} has no site action {name!r}"
             )
         return method  # type: ignore[no-any-return]
 
@@ -247,6 +260,29 @@ class Host:
             name=self._name_outside,
         )
         return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators, and restore the processor's afterwards.
+
+    `torch.manual_seed` says the same, a hundred times slower.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _digests(study: Study) -> bool:
+    """Whether the ledger hashes the content of what leaves."""
+    asked = study.sites.ledger_digests
+    return study.transport.name == "deployment" if asked is None else asked
 
 
 def arguments(message: Message) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from fedmed.errors import ConfigError
 from fedmed.message import State
 from fedmed.reduce import weighted_mean
+from fedmed.replies import states_of
 from fedmed.strategy import (
     Cohort,
     Exchange,
@@ -116,7 +117,7 @@ class Scaffold(Strategy):
             for name, w in server.trainable().items()
         }
         change = weighted_mean(
-            {site: reply.extra[_CONTROL] for site, reply in replies.items()},
+            states_of(replies, f"extra/{_CONTROL}"),
             {site: weights[site] for site in replies},
         )
         present = len(replies) / cohort.num_sites

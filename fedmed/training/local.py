@@ -14,6 +14,7 @@ from fedmed.message import SiteId, State
 from fedmed.optimizer import clip, memory_like, step_in_place
 from fedmed.payload import Gradient, Weights
 from fedmed.reduce import weighted_mean
+from fedmed.replies import states_of
 from fedmed.strategy import Outcome, Replies, Server, SiteContext
 
 if TYPE_CHECKING:
@@ -147,13 +148,12 @@ def stepped(
 ) -> Server:
     """Average gradients, take the server's optimiser step, merge statistics."""
     weights = present(weights, replies)
-    gradient = weighted_mean({s: r.state for s, r in replies.items()}, weights)
+    gradient = weighted_mean(states_of(replies, "state"), weights)
     server = server.descend(gradient)
-    buffers = {s: r.buffers for s, r in replies.items()}
-    return server.with_shared(server.merge(buffers, weights))
+    return server.with_shared(server.merge(states_of(replies, "buffers"), weights))
 
 
 def merged(server: Server, replies: Replies, weights: Mapping[SiteId, float]) -> Server:
     """Average weights by role: parameters by mean, statistics by total variance."""
-    states = {site: reply.state for site, reply in replies.items()}
+    states = states_of(replies, "state")
     return server.with_shared(server.merge(states, present(weights, replies)))

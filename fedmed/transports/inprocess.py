@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedmed.errors import FedMedError
-from fedmed.message import Answer, Message, SiteId
+from fedmed.message import Answer, Message, SiteId, State
 from fedmed.transports.keeper import HostKeeper, isolated
 from fedmed.transports.transport import HostSpec, Transport, check_addressed
 
@@ -45,7 +45,11 @@ class InProcessTransport(Transport):
         self._site_ids = site_ids
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self,
+        messages: Mapping[SiteId, Message],
+        *,
+        timeout_s: float | None = None,
+        reference: State | None = None,
     ) -> dict[SiteId, Answer]:
         """Let each addressed site answer; see `Transport.exchange`."""
         del timeout_s
@@ -53,7 +57,9 @@ class InProcessTransport(Transport):
             raise FedMedError("the transport is not open", hint="call open() first")
         check_addressed(messages, self._site_ids)
         return {
-            site_id: self._keeper.answer(site_id, isolated(messages[site_id]))
+            site_id: self._keeper.answer(
+                site_id, isolated(messages[site_id]), reference=reference
+            )
             for site_id in sorted(messages)
         }
 

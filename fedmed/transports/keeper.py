@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fedmed import exact_json
 from fedmed.errors import WireError
-from fedmed.message import Answer, Message, SiteId
+from fedmed.flat import FlatTensors, lazy_clone, pack
+from fedmed.gate import measure
+from fedmed.message import Answer, Message, SiteId, State
 from fedmed.transports.failure import describe_failure
 from fedmed.transports.transport import Host, HostSpec
 
@@ -33,21 +37,48 @@ class HostKeeper:
         self.spec = spec
         self.durable = durable
         self._hosts: dict[SiteId, Host] = {}
+        self._common: dict[str, Any] = {}
 
-    def answer(self, site_id: SiteId, message: Message) -> Answer:
+    def answer(
+        self,
+        site_id: SiteId,
+        message: Message,
+        *,
+        reference: State | None = None,
+        pack_into: Callable[[Mapping[str, torch.Tensor]], FlatTensors] = pack,
+    ) -> Answer:
         """Let one site answer; its host is opened at its first message.
 
-        What the host raises becomes a `SiteFailure`; only `KeyboardInterrupt` passes.
+        Args:
+            site_id: The site.
+            message: For it.
+            reference: The server's shared entries; the reply is measured by them.
+            pack_into: Copies the tensors of the reply to where they are to lie.
+
+        Returns:
+            The reply as it arrives from another machine: its header what
+            `fedmed.exact_json` makes of it, its tensors dense copies. What the host
+            raises becomes a `SiteFailure`; only `KeyboardInterrupt` passes.
         """
+        before = _versions(message)
         try:
             with fixed_threads(self.spec.threads):
-                return isolated(self._host(site_id).handle(message))
+                reply = self._host(site_id).handle(message)
+                packed = Message(
+                    reply.kind, sent(reply.header), pack_into(reply.tensors)
+                )
+                _require_unchanged(message, before)
+            if reference is None:
+                return packed
+            return replace(packed, norms=measure(packed, reference))
         except (Exception, SystemExit) as error:
             return describe_failure(self._hosts.get(site_id), error)
 
     def _host(self, site_id: SiteId) -> Host:
         if site_id not in self._hosts:
-            self._hosts[site_id] = self.spec.open(site_id, durable=self.durable)
+            self._hosts[site_id] = self.spec.open(
+                site_id, durable=self.durable, common=self._common
+            )
         return self._hosts[site_id]
 
     def close(self) -> None:
@@ -77,29 +108,43 @@ def isolated(message: Message) -> Message:
     Raises:
         WireError: If the header holds what cannot be sent.
     """
-    try:
-        header = exact_json.loads(exact_json.dumps(message.header))
-    except ValueError as error:
-        raise WireError(f"cannot send this message: {error}") from error
     tensors = sorted(message.tensors.items())
     return Message(
         message.kind,
-        header,
-        {name: _lazy_clone(tensor) for name, tensor in tensors},
+        sent(message.header),
+        {name: lazy_clone(dense(tensor)) for name, tensor in tensors},
     )
+
+
+def sent(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a header as it arrives from another machine.
+
+    Raises:
+        WireError: If it holds what cannot be sent.
+    """
+    try:
+        arrived: dict[str, Any] = exact_json.loads(exact_json.dumps(header))
+    except ValueError as error:
+        raise WireError(f"cannot send this message: {error}") from error
+    return arrived
+
+
+def _versions(message: Message) -> tuple[int, ...]:
+    return tuple([tensor._version for tensor in message.tensors.values()])
+
+
+def _require_unchanged(message: Message, before: tuple[int, ...]) -> None:
+    """Raise if a host wrote to the tensors that it was sent: others read them too."""
+    if _versions(message) != before:
+        raise WireError(
+            f"the answer to {message.kind!r} changed tensors of the message in place",
+            hint="A site's half of a strategy must copy what it wants to change.",
+        )
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Give the tensor detached, on the CPU, in row-major order; a view if it can."""
     return tensor.detach().to("cpu").contiguous()
-
-
-def _lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = dense(tensor)
-    try:
-        return torch._lazy_clone(tensor)
-    except RuntimeError:
-        return tensor.clone()
 
 
 @contextlib.contextmanager

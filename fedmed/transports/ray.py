@@ -37,7 +37,7 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 
 from fedmed.errors import FedMedError, UsageError  # noqa: E402
-from fedmed.message import Answer, Message, SiteFailure, SiteId  # noqa: E402
+from fedmed.message import Answer, Message, SiteFailure, SiteId, State  # noqa: E402
 from fedmed.transports.keeper import HostKeeper, isolated  # noqa: E402
 from fedmed.transports.packing import Bundle, Sheet, own_tensors, unpack  # noqa: E402
 from fedmed.transports.transport import (  # noqa: E402
@@ -180,9 +180,14 @@ class RayTransport(Transport):
         return ray.remote(Worker).options(**options).remote(self._spec, self._durable)
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self,
+        messages: Mapping[SiteId, Message],
+        *,
+        timeout_s: float | None = None,
+        reference: State | None = None,
     ) -> dict[SiteId, Answer]:
         """Send one message per actor, wait, and replace the actors that failed."""
+        del reference
         if self._spec is None:
             raise FedMedError("the transport is not open", hint="call open() first")
         check_addressed(messages, self._site_ids)

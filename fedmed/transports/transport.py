@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fedmed.errors import FedMedError
-from fedmed.message import Answer, Message, SiteId
+from fedmed.message import Answer, Message, SiteId, State
 
 AnyTransport = TypeVar("AnyTransport")
 
@@ -45,17 +45,35 @@ class HostSpec:
     options: Mapping[str, Any]
     threads: int = 1
 
-    def open(self, site_id: SiteId, *, durable: bool) -> Host:
+    def open(
+        self,
+        site_id: SiteId,
+        *,
+        durable: bool,
+        common: dict[str, Any] | None = None,
+    ) -> Host:
         """Import the factory and open one site's host in this process.
 
         Args:
             site_id: The site.
             durable: The process may change between two messages, so the host must
                 write its working state through to disk after each.
+            common: What the hosts of this process share; empty at first, and given
+                to each of them. The one live network is there.
         """
+        common = {} if common is None else common
+        return self._function()(
+            site_id, {**self.options, "durable": durable, "common": common}
+        )
+
+    def prepare(self) -> None:
+        """Import what hosts need, before this process is copied."""
+        self._function()
+
+    def _function(self) -> Callable[..., Host]:
         module, _, name = self.factory.partition(":")
         function: Callable[..., Host] = getattr(importlib.import_module(module), name)
-        return function(site_id, {**self.options, "durable": durable})
+        return function
 
 
 class Transport(abc.ABC):
@@ -71,13 +89,23 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self,
+        messages: Mapping[SiteId, Message],
+        *,
+        timeout_s: float | None = None,
+        reference: State | None = None,
     ) -> dict[SiteId, Answer]:
         """Deliver each message to its site and wait for all answers.
 
-        Exactly one answer per addressed site comes back, in sorted site order: its
-        reply or the reason why there is none. Never raises for a site's fault, never
-        waits longer than `timeout_s` (plus a bounded grace).
+        Args:
+            messages: One per addressed site.
+            timeout_s: The longest wait, plus a bounded grace; None = no limit.
+            reference: The server's shared entries. A transport whose sites all are
+                its own processes may measure replies by it, where they are made.
+
+        Returns:
+            Exactly one answer per addressed site, in sorted site order: its reply or
+            the reason why there is none. Never raises for a site's fault.
         """
 
     @abc.abstractmethod

@@ -166,9 +166,9 @@ class Recorder(InProcessTransport):
         super().__init__()
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
-        answers = super().exchange(messages, timeout_s=timeout_s)
+        answers = super().exchange(messages, **how)
         self.down += messages.items()
         self.up += [(s, a) for s, a in answers.items() if isinstance(a, Message)]
         return answers
@@ -178,11 +178,11 @@ class Backwards(InProcessTransport):
     """Lets the last site answer first."""
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
         answers: dict[SiteId, Answer] = {}
         for site in sorted(messages, reverse=True):
-            answers |= super().exchange({site: messages[site]}, timeout_s=timeout_s)
+            answers |= super().exchange({site: messages[site]}, **how)
         return answers
 
 
@@ -198,9 +198,9 @@ class Faulty(InProcessTransport):
         super().__init__()
 
     def exchange(
-        self, messages: Mapping[SiteId, Message], *, timeout_s: float | None = None
+        self, messages: Mapping[SiteId, Message], **how: Any
     ) -> dict[SiteId, Answer]:
-        answers = super().exchange(messages, timeout_s=timeout_s)
+        answers = super().exchange(messages, **how)
         sent, answer = messages.get(self.site), answers.get(self.site)
         ends = {"join", "end_round"}
         if sent is None or sent.kind in ends or sent.header["round"] != self.round:

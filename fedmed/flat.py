@@ -1,0 +1,349 @@
+"""Named tensors that lie side by side in one buffer.
+
+Replies of sites are packed once, where they are made. What is then done with them
+(checks, sums over sites, travel within a machine) works on whole runs of numbers, and
+a tensor by its name is made only for those who ask for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Bytes; the first number of a run starts at a multiple."""
+
+CHUNK = 1 << 15
+"""Numbers treated at a time: what a processor's own cache holds."""
+
+NESTED = "extra"
+"""Tensors below this name have one more part in the name of their section."""
+
+
+def section_of(name: str) -> tuple[str, str]:
+    """Split a tensor's name in a message.
+
+    Example:
+        >>> section_of("state/conv.weight"), section_of("extra/control/conv.weight")
+        (('state', 'conv.weight'), ('extra/control', 'conv.weight'))
+    """
+    section, slash, entry = name.partition("/")
+    if not slash:
+        return "", name
+    if section == NESTED:
+        inner, _, entry = entry.partition("/")
+        section = f"{NESTED}/{inner}"
+    return section, entry
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies.
+
+    Attributes:
+        name: Its name.
+        dtype: E.g. `torch.float32`.
+        shape: Row-major.
+        offset: Bytes from the start of the buffer.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in it."""
+        return self.numel * self.dtype.itemsize
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """View it in a buffer of bytes."""
+        flat = buffer[self.offset : self.offset + self.num_bytes]
+        return flat.view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tensors of one section and dtype, without gaps.
+
+    Attributes:
+        section: As `section_of` names it.
+        dtype: Of all of them.
+        offset: Bytes from the start of the buffer.
+        numel: Numbers in all of them.
+        names: Of the tensors, in their order.
+    """
+
+    section: str
+    dtype: torch.dtype
+    offset: int
+    numel: int
+    names: tuple[str, ...]
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """View it, (numel,), in a buffer of bytes."""
+        end = self.offset + self.numel * self.dtype.itemsize
+        return buffer[self.offset : end].view(self.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor of a message lies; layouts that are equal are one object.
+
+    Attributes:
+        slots: In the order of sections, dtypes and names.
+        num_bytes: Of the whole buffer.
+    """
+
+    slots: tuple[Slot, ...]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """Lay out tensors."""
+        described = [(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+        return _layout(tuple(described))
+
+    @classmethod
+    def interned(cls, slots: tuple[Slot, ...]) -> Layout:
+        """Find the layout that arrived from another process among our own."""
+        return _layout(tuple((s.name, s.dtype, s.shape) for s in slots))
+
+    @functools.cached_property
+    def content_bytes(self) -> int:
+        """Bytes of the tensors, without the gaps between runs."""
+        return sum(slot.num_bytes for slot in self.slots)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Slot]:
+        """Slots by name, in sorted order of the names."""
+        return {s.name: s for s in sorted(self.slots, key=lambda s: s.name)}
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Neighbours of equal section and dtype together."""
+        runs = []
+        for (section, dtype), group in groupby(self.slots, key=_kind):
+            slots = tuple(group)
+            numel = sum(slot.numel for slot in slots)
+            names = tuple(slot.name for slot in slots)
+            runs.append(Run(section, dtype, slots[0].offset, numel, names))
+        return tuple(runs)
+
+    @functools.cached_property
+    def sections(self) -> dict[str, Section]:
+        """What each section holds, under the names within it."""
+        found = {}
+        for name in sorted({run.section for run in self.runs}):
+            slots = {
+                section_of(s.name)[1]: s
+                for s in self.by_name.values()
+                if section_of(s.name)[0] == name
+            }
+            runs = tuple(run for run in self.runs if run.section == name)
+            found[name] = Section(name, slots, runs)
+        return found
+
+    def __hash__(self) -> int:
+        """By identity: equal layouts are one object."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """By identity."""
+        return self is other
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a layout: names within it, and its runs in the buffer."""
+
+    name: str
+    slots: Mapping[str, Slot]
+    runs: tuple[Run, ...]
+
+    @functools.cached_property
+    def alone(self) -> Layout:
+        """The layout of a buffer that holds nothing else, with the same runs."""
+        return _layout(tuple((s.name, s.dtype, s.shape) for s in self.slots.values()))
+
+
+@runtime_checkable
+class Adder(Protocol):
+    """Adds rows of numbers, maybe with the help of other processes."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Give a buffer (num_bytes,) of uint8 for a result."""
+
+    def add(self, out: Tensor, rows: list[Tensor], weights: list[float]) -> bool:
+        """Do what `fedmed.reduce.add_rows` does, or nothing and say False."""
+
+
+class FlatTensors(Mapping[str, Tensor]):
+    """Named tensors in one buffer; a view is made when it is asked for.
+
+    Args:
+        layout: Where each lies.
+        buffer: (num_bytes,) of uint8; it may hold more behind them.
+        adder: Who can add such buffers faster than this process alone.
+    """
+
+    __slots__ = ("_views", "adder", "buffer", "layout")
+
+    def __init__(
+        self, layout: Layout, buffer: Tensor, adder: Adder | None = None
+    ) -> None:
+        self.layout = layout
+        self.buffer = buffer
+        self.adder = adder
+        self._views: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """View one tensor."""
+        if name not in self._views:
+            self._views[name] = self.layout.by_name[name].read(self.buffer)
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in sorted order."""
+        return iter(self.layout.by_name)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.layout.slots)
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes of the tensors, without the gaps between runs."""
+        return self.layout.content_bytes
+
+    def state(self, section: str) -> dict[str, Tensor]:
+        """The tensors of one section, under their names within it."""
+        found = self.layout.sections.get(section)
+        if found is None:
+            return {}
+        return {name: self[slot.name] for name, slot in found.slots.items()}
+
+
+def pack(tensors: Mapping[str, Tensor], buffer: Tensor | None = None) -> FlatTensors:
+    """Copy tensors side by side.
+
+    Args:
+        tensors: Of any shapes, dtypes, devices and strides.
+        buffer: Where to; at least `Layout.of(tensors).num_bytes` of uint8.
+
+    Returns:
+        The copies: dense, row-major, on the CPU.
+    """
+    layout = Layout.of(tensors)
+    if buffer is None:
+        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    with torch.no_grad():
+        for run in layout.runs:
+            _fill(run.read(buffer), [tensors[name] for name in run.names])
+    return FlatTensors(layout, buffer)
+
+
+def lazy_clone(tensor: Tensor) -> Tensor:
+    """Copy a tensor when somebody writes to it or to the copy, not before.
+
+    Memory that torch does not own (an array behind `from_numpy`) is copied at once.
+    The one gap: a NumPy view taken of the tensor before, and written to afterwards.
+    """
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:
+        return tensor.clone()
+
+
+def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
+    r"""Sum $\sum_i (x_i - o_i)^2$ of a run, (N,) each.
+
+    Differences and products have the dtype of the run, in chunks that are added in
+    float64: enough for a bound, and read at the speed of memory.
+
+    Returns:
+        The sum; NaN or infinite if any number is, or if its square is out of range.
+    """
+    values = values.detach()
+    total = 0.0
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        if origin is not None:
+            part = part - origin[start : start + CHUNK]
+        total += float(torch.dot(part, part))
+    return total
+
+
+def run_of(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """Give tensors of one dtype as one run: a view if they lie side by side.
+
+    Args:
+        state: Holds the names.
+        names: In their order.
+
+    Returns:
+        (numel,) in the order of the names, maybe sharing memory.
+    """
+    tensors = [state[name].detach() for name in names]
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.reshape(-1)
+    at = first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if (
+            not tensor.is_contiguous()
+            or tensor.data_ptr() != at
+            or tensor.untyped_storage().data_ptr() != storage
+        ):
+            return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        at += tensor.numel() * tensor.element_size()
+    total = (at - first.data_ptr()) // first.element_size()
+    return first.as_strided((total,), (1,), first.storage_offset())
+
+
+def _fill(run: Tensor, tensors: list[Tensor]) -> None:
+    tensors = [tensor.detach() for tensor in tensors]
+    small = len(run) <= CHUNK
+    if small and all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+        torch.cat([tensor.view(-1) for tensor in tensors], out=run)
+        return
+    start = 0
+    for tensor in tensors:
+        target = run[start : start + tensor.numel()]
+        target.view(tensor.shape).copy_(tensor, non_blocking=False)
+        start += tensor.numel()
+
+
+def _kind(slot: Slot) -> tuple[str, torch.dtype]:
+    return section_of(slot.name)[0], slot.dtype
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> Layout:
+    def order(item: tuple[str, torch.dtype, Any]) -> tuple[str, str, str]:
+        return section_of(item[0])[0], str(item[1]), item[0]
+
+    ordered = tuple(sorted(described, key=order))
+    if ordered != described:
+        return _layout(ordered)
+    slots, offset = [], 0
+    for _, group in groupby(ordered, key=lambda item: order(item)[:2]):
+        offset = -(-offset // ALIGNMENT) * ALIGNMENT
+        for name, dtype, shape in group:
+            slots.append(Slot(name, dtype, shape, offset))
+            offset += slots[-1].num_bytes
+    return Layout(tuple(slots), -(-offset // ALIGNMENT) * ALIGNMENT)

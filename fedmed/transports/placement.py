@@ -1,0 +1,72 @@
+"""Which worker plays which sites, exchange by exchange.
+
+Sites in sorted order are cut into runs of neighbours, one per worker. A site that
+keeps something in the memory of its worker stays there; others move as the load asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from fedmed.message import Answer, Message, SiteId
+
+Wave = dict[int, tuple[SiteId, ...]]
+"""Worker -> the sites whose messages travel to it together."""
+
+
+class Placement:
+    """The places of a study's sites.
+
+    Args:
+        site_ids: All of them.
+        num_workers: At least 1.
+    """
+
+    def __init__(self, site_ids: Collection[SiteId], num_workers: int) -> None:
+        self._order = tuple(sorted(site_ids))
+        self._num_workers = num_workers
+        self._place = _even(self._order, num_workers)
+        self._bound: set[SiteId] = set()
+        self._suspicion: dict[SiteId, int] = {}
+
+    def waves(self, addressed: Collection[SiteId]) -> list[Wave]:
+        """Give the sites that share a message: one group per worker and wave.
+
+        Suspects come last, each alone, when the others' answers are safely here.
+        """
+        sites = [site for site in self._order if site in addressed]
+        if not any(site in self._bound for site in sites):
+            self._place.update(_even(sites, self._num_workers))
+        waves: list[Wave] = [{}]
+        for worker in range(self._num_workers):
+            mine = [site for site in sites if self._place[site] == worker]
+            trusted = tuple(s for s in mine if s not in self._suspicion)
+            if trusted:
+                waves[0][worker] = trusted
+            suspects = [s for s in mine if s in self._suspicion]
+            waves += [{} for _ in suspects[len(waves) - 1 :]]
+            for wave, site in zip(waves[1:], suspects, strict=False):
+                wave[worker] = (site,)
+        return waves
+
+    def note(self, site_id: SiteId, answer: Answer) -> None:
+        """Note whether a site that answered is bound to its worker from now on."""
+        if isinstance(answer, Message) and not answer.header.get("keeps", True):
+            self._bound.discard(site_id)
+        else:
+            self._bound.add(site_id)
+
+    def suspect(self, site_ids: Collection[SiteId]) -> None:
+        """Note that one of these sites ended their worker, or let it hang."""
+        for site_id in site_ids:
+            self._suspicion[site_id] = self._suspicion.get(site_id, 0) + 1
+
+
+def _even(sites: Collection[SiteId], num_workers: int) -> dict[SiteId, int]:
+    """Cut sites into runs of neighbours whose lengths differ by at most 1.
+
+    Example:
+        >>> _even(("a", "b", "c", "d", "e"), 2)
+        {'a': 0, 'b': 0, 'c': 0, 'd': 1, 'e': 1}
+    """
+    return {s: k * num_workers // len(sites) for k, s in enumerate(sites)}
