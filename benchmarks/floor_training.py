@@ -3,7 +3,8 @@
 Forked processes with one thread each; every weight and running statistic in one flat
 vector, in shared memory, read in place; each process trains its own share of the sites
 and adds up their results, and the parent adds one sum per process. Weights lie
-channels-last within the vector, and a step of SGD is one operation on all of it.
+channels-last within the vector, and a step of SGD is one operation on all of it. The C
+library is told to keep what is freed.
 The network and the sites' slices are those of the study that is compared.
 """
 
@@ -18,6 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fedmed.training.allocator import keep_freed_memory
 
 Slices = tuple[Tensor, Tensor]
 """Images (N, 1, I, J), channels-last, and labels (N, I, J) of one site."""
@@ -76,6 +79,7 @@ class Floor:
         self, rank: int, make_network: Any, sites: Sequence[Slices], pipe: Any
     ) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         network = make_network()
         flat = flatten(network)
         total = self.sums[rank]

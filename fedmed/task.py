@@ -20,6 +20,7 @@ from fedmed.networks.foreign import load_class
 from fedmed.optimizer import OptimizerSpec
 from fedmed.strategy import Strategy
 from fedmed.study import Study
+from fedmed.training.allocator import keep_freed_memory
 from fedmed.training.trainer import DTYPES, Precision, Trainer
 
 
@@ -171,8 +172,9 @@ def build_optimizer(study: Study) -> OptimizerSpec:
 
 
 def build_trainer(study: Study, site_id: SiteId) -> Trainer:
-    """Build a site's trainer."""
+    """Build a site's trainer, and make its process ready to train."""
     train = study.train
+    keep_freed_memory()
     return Trainer(
         loss=build_loss(train.loss, **train.loss_options),
         optimizer=build_optimizer(study),
