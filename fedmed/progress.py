@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SHOW_S = 0.1
+"""Shortest time between two changes of the live line, seconds."""
+
 
 class TerminalProgress:
     """Shows round, step, loss and remaining time on standard error.
+
+    A run may have a thousand exchanges a second: what comes sooner than `SHOW_S` after
+    the last change is not shown. Ends of rounds always are, each once, where they are
+    plain lines.
 
     Args:
         title: What is running.
@@ -33,6 +41,7 @@ class TerminalProgress:
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._first = first
+        self._next_s = 0.0
 
     def __enter__(self) -> TerminalProgress:
         """Start showing."""
@@ -60,18 +69,22 @@ class TerminalProgress:
 
     def round_started(self, number: int) -> None:
         """A round begins."""
-        self._show(f"round {number} training")
+        if self._is_due():
+            self._show(f"round {number} training")
 
     def exchanged(
         self, number: int, exchange: int, losses: Mapping[str, float]
     ) -> None:
         """An exchange is over."""
         del number
-        self._show(f"exchange {exchange} · {_losses(losses)}")
+        if self._is_due():
+            self._show(f"exchange {exchange} · {_losses(losses)}")
 
     def round_finished(self, record: Mapping[str, Any]) -> None:
         """A round is over."""
         number = int(record["round"])
+        if self._progress is not None and number < self._rounds and not self._is_due():
+            return
         text = _losses(record["loss"])
         if record["score"] is not None:
             text += f" · validation {record['score']:.3f}"
@@ -89,6 +102,16 @@ class TerminalProgress:
             highlight=False,
             soft_wrap=True,
         )
+
+    def _is_due(self) -> bool:
+        """Whether the live line may change again; notes the change."""
+        if self._progress is None:
+            return False
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + SHOW_S
+        return True
 
     def _show(self, state: str) -> None:
         if self._progress is not None and self._bar is not None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import os
@@ -17,16 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedmed import __version__
 from fedmed.checkpoint import Checkpoint, Checkpoints
 from fedmed.engine import Engine, restored
-from fedmed.errors import ConfigError, FedMedError, ResumeError
+from fedmed.errors import ConfigError, FedMedError
 from fedmed.join import Joined, join
 from fedmed.message import SiteId
 from fedmed.partition import StatePartition
+from fedmed.preflight import (
+    check_choices,
+    check_folder,
+    check_options,
+    refuse_changed_data,
+    settle,
+)
 from fedmed.resolve import load_strategy, require_own_packages
 from fedmed.runfolder import (
     CLASSIFICATION_COLUMNS,
@@ -36,9 +39,9 @@ from fedmed.runfolder import (
 )
 from fedmed.storage import RunLock, remove_leftovers, write_atomic, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
-from fedmed.study import Study, expand, study_from_dict
+from fedmed.study import Study
 from fedmed.summary import score_rows, summarise
-from fedmed.task import Task, build_model, build_optimizer, resolve_device
+from fedmed.task import Task, build_model, build_optimizer
 from fedmed.transports.transport import HostSpec, Transport
 
 logger = logging.getLogger(__name__)
@@ -116,6 +119,7 @@ def run_study(
     folder.create()
     with RunLock(folder.path):
         check_folder(folder, study, resume=resume)
+        study = settle(study, folder, cache_folder(study))
         remove_leftovers(folder.path)
         if study.transport.name in {"flower", "deployment"}:
             return _run_with_flower(study, folder, observer or Silence(), should_stop)
@@ -140,6 +144,8 @@ def make_transport(study: Study) -> Transport:
         from fedmed.transports.inprocess import InProcessTransport
 
         kind: Callable[..., Transport] = InProcessTransport
+    elif study.transport.name == "workers":
+        kind = importlib.import_module("fedmed.transports.workers").WorkersTransport
     else:
         from fedmed.transports.ray import RayTransport
 
@@ -168,24 +174,6 @@ def _run_with_flower(
         run(folder.path, spec, site_ids, **study.transport.options)
     summary = folder.read_summary()
     return RunResult(folder.path, summary, bool(summary))
-
-
-def check_options(target: Callable[..., Any], study: Study, ours: set[str]) -> None:
-    """Check a transport's options.
-
-    Raises:
-        ConfigError: If one is unknown; names the nearest known one.
-    """
-    known = sorted(set(inspect.signature(target).parameters) - ours)
-    for name in study.transport.options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            asked = f", did you mean {near[0]!r}?" if near else ""
-            listed = ", ".join(known) or "none"
-            raise ConfigError(
-                f"unknown key 'transport.{name}'{asked}",
-                hint=f"Options of transport {study.transport.name!r}: {listed}.",
-            )
 
 
 def host_spec(study: Study, folder: RunFolder) -> HostSpec:
@@ -239,12 +227,14 @@ def drive(
         should_stop: Asked between rounds.
     """
     site_ids = transport_sites(study)
-    checkpoint = newest_checkpoint(folder)
+    study = settle(study, folder, cache_folder(study))
+    checkpoints = Checkpoints(folder.checkpoints)
+    checkpoint = newest_checkpoint(checkpoints)
     at_round = checkpoint.round if checkpoint else 0
     transport.open(host_spec(study, folder), site_ids)
     joined = join(transport, study, site_ids, at_round)
     if at_round:
-        _refuse_changed_data(folder, joined)
+        refuse_changed_data(folder, joined.data)
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     server = strategy.initial(fresh_server(study, joined.task, strategy))
     best = None
@@ -263,6 +253,7 @@ def drive(
         columns=columns_of(joined.task),
         score=functools.partial(score_rows, joined.task.kind),
         should_stop=should_stop,
+        checkpoints=checkpoints,
     )
     server, finished = engine.run(server, best)
     if not finished:
@@ -270,9 +261,9 @@ def drive(
     return _finish(study, joined, folder, server)
 
 
-def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
+def newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
     """Read the checkpoint to go on from, and say so if a newer one is damaged."""
-    checkpoint, damaged = Checkpoints(folder.checkpoints).load_newest()
+    checkpoint, damaged = checkpoints.load_newest()
     if checkpoint is not None and damaged:
         logger.error(
             "the checkpoint of round %d is damaged; going on from round %d",
@@ -280,84 +271,6 @@ def newest_checkpoint(folder: RunFolder) -> Checkpoint | None:
             checkpoint.round,
         )
     return checkpoint
-
-
-def check_choices(study: Study) -> None:
-    """Refuse at once what every site would refuse later.
-
-    Raises:
-        ConfigError: If a loss, a device, an augmentation, a preparation or a file that
-            the study names does not exist, or a value is impossible.
-    """
-    from fedmed.training.augment import Augmentation
-
-    _check_loss(study)
-    _check_device(study)
-    _check_norm(study)
-    if study.transport.name != "deployment":
-        _check_files(study)
-    # The server half of a strategy reaches this function and may never open a scan.
-    importlib.import_module("sites.data").preprocessing_of(study)
-    known = [field.name for field in dataclasses.fields(Augmentation)]
-    for name in study.train.augmentation:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            asked = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key 'train.augmentation.{name}'{asked}")
-    Augmentation(**study.train.augmentation)
-
-
-def _check_loss(study: Study) -> None:
-    """Try the loss on two pixels: wrong options show only when it is computed."""
-    from fedmed.losses.build import build_loss
-
-    options = study.train.loss_options
-    loss = build_loss(study.train.loss, **options)
-    try:
-        num_classes = len(options.get("class_weights") or (0, 0))
-        value = loss(torch.zeros(1, num_classes, 2), torch.zeros(1, 2, dtype=torch.int))
-        if not torch.isfinite(value):
-            raise ValueError(f"the loss of two pixels is {value.item()}")
-    except Exception as error:
-        told = error.message if isinstance(error, FedMedError) else str(error)
-        raise ConfigError(
-            f"train.loss_options {dict(options)} do not fit the loss "
-            f"{study.train.loss!r}: {told.partition(chr(10))[0]}"
-        ) from error
-
-
-def _check_norm(study: Study) -> None:
-    options = study.model.options
-    if options.get("norm") == "batch_per_site" and not options.get("site_ids"):
-        raise ConfigError(
-            "model.norm is batch_per_site, which needs the names of the sites in "
-            "model.site_ids",
-            hint="One set of normalisation per site is what fedbn does: set "
-            "model.norm: batch and strategy.name: fedbn.",
-        )
-
-
-def _check_files(study: Study) -> None:
-    """Look for the files that a simulation's sites will read on this machine."""
-    files = {"split.file": study.split.file, "sites.policy": study.sites.policy}
-    for key, file in files.items():
-        if file and not expand(file).is_file():
-            raise ConfigError(
-                f"{key}: there is no file {file!r}",
-                hint="A relative path starts at the folder where fedmed is called.",
-            )
-    if study.sites.policy:
-        policies = importlib.import_module("sites.policy")
-        policies.load_policy(expand(study.sites.policy))
-
-
-def _check_device(study: Study) -> None:
-    try:
-        torch.device(resolve_device(study.train.device))
-    except RuntimeError:
-        raise ConfigError(
-            f"train.device must be cpu, cuda or auto (seen: {study.train.device!r})"
-        ) from None
 
 
 def fresh_server(study: Study, task: Task, strategy: Strategy) -> Server:
@@ -436,84 +349,3 @@ def _finish(
     }
     folder.write_summary(summary)
     return RunResult(folder.path, summary)
-
-
-def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
-    """Refuse a folder that holds a run, unless it is this one and to be resumed.
-
-    Raises:
-        ResumeError: If it holds a run and `resume` is False, or one of another study.
-    """
-    if not folder.lock_file.exists():
-        return
-    if not resume:
-        raise ResumeError(
-            f"{folder.path} already holds a run",
-            hint="Go on with it with --resume, or choose another folder with --out.",
-        )
-    before = study_of_lock(folder.read_lock()).to_dict()
-    section = study.strategy
-    sync = load_strategy(section.name, section.options).sync
-    now = study.to_dict()
-    now["strategy"] = {**now["strategy"], "sync": sync}
-    changed = differences(before, now)
-    if changed:
-        raise ResumeError(
-            f"{folder.path.name} holds a run of another study: "
-            + "; ".join(changed[:5]),
-            hint="Resume with the same study file and overrides, or choose --out.",
-        )
-
-
-def _refuse_changed_data(folder: RunFolder, joined: Joined) -> None:
-    """A run must end on the data it began with."""
-    before = folder.read_lock().get("data", {})
-    changed = [
-        site
-        for site in sorted({*before, *joined.data})
-        if before.get(site, {}).get("fingerprint")
-        != joined.data.get(site, {}).get("fingerprint")
-    ]
-    if changed:
-        raise ResumeError(
-            f"the images, labels or splits of {', '.join(changed)} are not those that "
-            "the run began with",
-            hint="Put the data back as they were, or start a new run with --out.",
-        )
-
-
-def study_of_lock(lock: Mapping[str, Any]) -> Study:
-    """Read the study back from study.lock.yaml.
-
-    Raises:
-        ResumeError: If it is no study that this version knows.
-    """
-    known = {name: lock[name] for name in Study.model_fields if name in lock}
-    try:
-        return study_from_dict(known, where="study.lock.yaml")
-    except ConfigError as error:
-        raise ResumeError(
-            f"the run cannot be read back: {error.message}",
-            hint="It was changed, or another version of fedmed wrote it.",
-        ) from None
-
-
-_FREE_TO_CHANGE = ("transport", "tolerance.timeout_s", "tolerance.retries", "cache")
-"""Keys that do not change numbers; a run may be resumed with others."""
-
-
-def differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """List the keys in which two studies differ, as "key: old -> new"."""
-    found: list[str] = []
-    for key in sorted({*before, *after}):
-        path = f"{prefix}{key}"
-        if path in _FREE_TO_CHANGE:
-            continue
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{path}.")
-        elif old != new:
-            found.append(f"{path}: {old!r} -> {new!r}")
-    return found

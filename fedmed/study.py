@@ -7,7 +7,6 @@ nearest known key; any key can be overridden as `path.to.key=value`.
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from fedmed.errors import ConfigError
+from fedmed.spelling import did_you_mean, nearest
 
 LOCK_ONLY = ("held_out", "task", "data", "versions")
 """Keys that a run's study.lock.yaml holds beside the study."""
@@ -353,10 +353,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: If it is missing or is no mapping.
     """
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.y*ml")], 1
-        )
-        hint = f"Did you mean {path.parent / near[0]}?" if near else ""
+        there = [file.name for file in path.parent.glob("*.y*ml")]
+        near = nearest(path.name, there, cutoff=0.6)
+        hint = f"Did you mean {path.parent / near}?" if near else ""
         raise ConfigError(f"there is no study file {path}", hint=hint)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -415,9 +414,7 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, key = problem["loc"]
-        near = difflib.get_close_matches(str(key), _known_keys(parents), 1, 0.5)
-        asked = f", did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {where!r}{asked}"
+        return f"unknown key {where!r}{did_you_mean(str(key), _known_keys(parents))}"
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -80,6 +80,7 @@ class PrivateStore:
             else:
                 # The site's other secrets lie there.
                 folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            remove_leftovers(folder.parent)
 
     def versions(self) -> tuple[int, ...]:
         """Rounds that left a filed version on disk, ascending."""

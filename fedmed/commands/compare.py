@@ -16,9 +16,10 @@ from fedmed.checkpoint import Checkpoints
 from fedmed.commands.report import print_table
 from fedmed.commands.run import default_folder, execute, refuse_foreign
 from fedmed.errors import ConfigError, StorageError, UsageError
+from fedmed.preflight import check_folder
 from fedmed.report.tables import comparison_table
 from fedmed.resolve import load_strategy
-from fedmed.run import cache_folder, check_folder
+from fedmed.run import cache_folder
 from fedmed.runfolder import RunFolder
 from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict

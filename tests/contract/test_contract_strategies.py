@@ -105,9 +105,11 @@ def test_defaults_run_at_the_price_that_is_stated(name, sync):
     per_round = CLASSES[name].exchanges[sync] * (2 if sync == "step" else 1)
     for record in result.rounds:
         assert tuple(record["answered"]) == sites_of(name)
-        assert record["exchanges"] == per_round + 1  # the end of the round
+        # The end of a round is an exchange where sites evaluate or file something.
+        assert record["exchanges"] - per_round in (0, 1)
         assert all(math.isfinite(loss) for loss in record["loss"].values())
         assert set(record["loss"]) == set(sites_of(name))
+    assert result.rounds[-1]["exchanges"] == per_round + 1
     entries = result.everything(sites_of(name))
     start = runs.Ward(study_of(name, sync)).benches[sites_of(name)[0]].initial
     moved = [

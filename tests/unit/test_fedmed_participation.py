@@ -45,7 +45,7 @@ def test_every_subset_is_equally_likely() -> None:
     assert chisquare(counts).pvalue > 1e-4  # fixed seed: no chance in this test
 
 
-def _study(method: str = "fedbn", **changes: Any) -> Any:
+def _study(method: str = "scaffold", **changes: Any) -> Any:
     split = {"train": 0.6, "validation": 0.2, "test": 0.2}
     base = {"split": split, "rounds": 4, "sites_per_round": 2}
     return runs.make_study(runs.TABLE, method, **{**base, **changes})
@@ -80,8 +80,8 @@ def test_the_end_of_the_draw_does_not_depend_on_the_order_of_replies(
 
 
 def test_a_draw_of_all_sites_changes_nothing(tmp_path: Path) -> None:
-    """Scaffold and fedbn: memory at the server, state at the sites."""
-    for method in ("scaffold", "fedbn"):
+    """Memory at the server, state at the sites."""
+    for method in ("scaffold", "separate"):
         found = [
             runs.run(
                 _study(method, sites_per_round=count, rounds=2),

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fedmed.errors import ConfigError
-from fedmed.run import differences
+from fedmed.preflight import differences
 from fedmed.study import (
     apply_overrides,
     expand,
