@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -224,7 +223,7 @@ def held_row(
     )
 
 
-_NO_ARRAYS: Mapping[str, StoredArray] = MappingProxyType({})
+_NO_ARRAYS: Mapping[str, StoredArray] = {}
 
 
 def write_entry(folder: Path, prepared: Prepared, *, fingerprint: str) -> None:

@@ -275,9 +275,11 @@ class ExampleIndex:
 
 def read_row(case: Any) -> tuple[np.ndarray, Any]:
     """Give the features (F,) and the class (or None) of a table's row."""
-    if isinstance(case, PreparedRow):
-        return case.features_F, case.label
-    return case.image_CIJK, case.label_IJK
+    # Asked for by name: an isinstance of a protocol costs more than reading the row.
+    features = getattr(case, "features_F", None)
+    if features is None:
+        return case.image_CIJK, case.label_IJK
+    return features, case.label
 
 
 def is_class(label: Any) -> bool:

@@ -411,6 +411,68 @@ def test_damaged_index_costs_only_time(tmp_path: Path, content: bytes) -> None:
     assert len(prepare_cases([ref], PLAIN, cache, budget=0.0).cases) == 1
 
 
+@pytest.fixture
+def scans(tmp_path: Path) -> list[Path]:
+    """Files that count as untouched."""
+    paths = [tmp_path / f"scan{number}" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_text(str(number))
+        os.utime(path, (1e9, 1e9))
+    return paths
+
+
+def test_index_takes_in_what_others_added(
+    tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "RACY_S", -60.0)
+    one, other = file_hashes.FileHashes(tmp_path), file_hashes.FileHashes(tmp_path)
+    wanted = [one.combined([path]) for path in scans[:2]]
+    one.save()
+    with (tmp_path / "files.jsonl").open("a") as file:
+        file.write('["half a line of a process that di')
+    other.combined([scans[2]])
+    other.save()
+    one.refresh()
+    for index in (one, other, file_hashes.FileHashes(tmp_path)):
+        assert len(index._known) == 3
+        assert [index.combined([path]) for path in scans[:2]] == wanted
+        assert index._new == {}  # believed, not read
+
+
+def test_index_forgets_lines_that_were_replaced(
+    tmp_path: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_hashes, "RACY_S", -60.0)
+    monkeypatch.setattr(file_hashes, "_SPARE_LINES", 4)
+    for number in range(20):
+        scans[0].write_text(f"version {number}")
+        index = file_hashes.FileHashes(tmp_path)
+        index.combined(scans)
+        index.save()
+    lines = (tmp_path / "files.jsonl").read_text().splitlines()
+    assert len([line for line in lines if line]) <= 2 * len(scans) + 4 + 1
+    last = file_hashes.FileHashes(tmp_path)
+    assert len(last._known) == len(scans)
+    last.combined(scans)
+    assert last._new == {}
+
+
+def test_rows_without_files_are_held_in_memory(
+    tmp_path: Path, cache: PreparedCache
+) -> None:
+    made = Case("r", np.array([1, np.nan], np.float32), np.array(3), ())
+    ref = CaseRef("r", "r", (), lambda: made)
+    opened = cache.open(ref, PLAIN)
+    same(opened.image_CIJK, made.image)
+    same(opened.label_IJK, made.label)
+    assert (opened.image_shape, opened.label_shape) == ((2,), ())
+    assert entries(tmp_path) == []
+    assert cache.is_current(ref, opened)
+    same(pickle.loads(pickle.dumps(opened)).image_CIJK, made.image)
+    with pytest.raises(ValueError, match="read-only"):
+        opened.image_CIJK[0] = 0
+
+
 # --- all cases of a site --------------------------------------------------------------
 
 
