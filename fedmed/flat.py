@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -182,13 +182,12 @@ class Section:
 
 @runtime_checkable
 class Adder(Protocol):
-    """Adds rows of numbers, maybe with the help of other processes."""
+    """Whoever has the replies of an exchange, and may add them where they are."""
 
-    def allocate(self, num_bytes: int) -> Tensor:
-        """Give a buffer (num_bytes,) of uint8 for a result."""
-
-    def add(self, out: Tensor, rows: list[Tensor], weights: list[float]) -> bool:
-        """Do what `fedmed.reduce.add_rows` does, or nothing and say False."""
+    def mean(
+        self, section: Section, rows: Sequence[FlatTensors], shares: Sequence[float]
+    ) -> FlatTensors | None:
+        """Do what `fedmed.reduce.mean_of_rows` does, or say None to leave it to it."""
 
 
 class FlatTensors(Mapping[str, Tensor]):
@@ -271,8 +270,8 @@ def lazy_clone(tensor: Tensor) -> Tensor:
 def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
     r"""Sum $\sum_i (x_i - o_i)^2$ of a run, (N,) each.
 
-    Differences and products have the dtype of the run, in chunks that are added in
-    float64: enough for a bound, and read at the speed of memory.
+    Differences and products have the dtype of the run (float32 at least), in chunks
+    that are added in float64: enough for a bound, and read at the speed of memory.
 
     Returns:
         The sum; NaN or infinite if any number is, or if its square is out of range.
@@ -283,6 +282,8 @@ def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
         part = values[start : start + CHUNK]
         if origin is not None:
             part = part - origin[start : start + CHUNK]
+        if part.dtype.itemsize < torch.float32.itemsize:
+            part = part.float()
         total += float(torch.dot(part, part))
     return total
 

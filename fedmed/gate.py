@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fedmed.errors import SiteError
-from fedmed.flat import FlatTensors, run_of, section_of, sum_of_squares
+from fedmed.flat import FlatTensors, Run, run_of, section_of, sum_of_squares
 from fedmed.message import Message, SiteId
 from fedmed.payload import KINDS
 
@@ -118,24 +118,45 @@ def update_norms(message: Message, expectation: Expectation) -> dict[str, float]
         return {}
     norms = message.norms
     if norms is None:
-        norms = measure(message, expectation.reference)
+        norms = measure(message, Yardstick(expectation.reference))
     return {section: norm for section, norm in norms.items() if section != _STATISTICS}
 
 
-def measure(
-    message: Message, reference: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
+class Yardstick:
+    """What updates by weights are measured from.
+
+    Args:
+        reference: The server's shared entries.
+    """
+
+    def __init__(self, reference: Mapping[str, torch.Tensor]) -> None:
+        self.reference = reference
+        self._runs: dict[Run, torch.Tensor | None] = {}
+
+    def run(self, run: Run) -> torch.Tensor | None:
+        """The entries of one run, in its order; None if they are not the server's."""
+        if run not in self._runs:
+            names = tuple(section_of(name)[1] for name in run.names)
+            fits = all(name in self.reference for name in names)
+            origin = run_of(self.reference, names) if fits else None
+            if origin is not None and origin.numel() != run.numel:
+                origin = None
+            self._runs[run] = origin
+        return self._runs[run]
+
+
+def measure(message: Message, yardstick: Yardstick) -> dict[str, float]:
     """Measure the floating numbers of a message, one L2 norm per section.
 
     Args:
         message: Any; a `Weights` message's "state" is measured from the reference.
-        reference: The server's shared entries.
+        yardstick: Holds the reference.
 
     Returns:
         Norms; NaN or infinite if any number is.
     """
     if isinstance(message.tensors, FlatTensors):
-        return _measure_runs(message.kind, message.tensors, reference)
+        return _measure_runs(message.kind, message.tensors, yardstick)
     parts: dict[str, list[float]] = {}
     for name, tensor in message.tensors.items():
         section, entry = section_of(name)
@@ -143,23 +164,23 @@ def measure(
             continue
         update = tensor.double()
         if (message.kind, section) == ("Weights", "state"):
-            update = update - reference[entry].double()
+            update = update - yardstick.reference[entry].double()
         norm = torch.linalg.vector_norm(update)
         parts.setdefault(section, []).append(float(norm))
     return {section: math.hypot(*norms) for section, norms in parts.items()}
 
 
 def _measure_runs(
-    kind: str, tensors: FlatTensors, reference: Mapping[str, torch.Tensor]
+    kind: str, tensors: FlatTensors, yardstick: Yardstick
 ) -> dict[str, float]:
     squares: dict[str, float] = {}
     for run in tensors.layout.runs:
         if not run.dtype.is_floating_point:
             continue
-        origin = None
-        if (kind, run.section) == ("Weights", "state"):
-            names = tuple(section_of(name)[1] for name in run.names)
-            origin = run_of(reference, names)
+        by_origin = (kind, run.section) == ("Weights", "state")
+        origin = yardstick.run(run) if by_origin else None
+        if by_origin and origin is None:
+            return {run.section: math.nan}  # names or shapes are wrong, see `_check`
         found = sum_of_squares(run.read(tensors.buffer), origin)
         squares[run.section] = squares.get(run.section, 0.0) + found
     return {section: math.sqrt(total) for section, total in squares.items()}

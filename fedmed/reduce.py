@@ -9,7 +9,7 @@ subtree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def weighted_mean(
     """
     packed = states.rows() if isinstance(states, SiteStates) else None
     if packed is not None:
-        return _mean_of_rows(*packed, _shares(states, weights))
+        return _mean(*packed, _shares(states, weights))
     shares = normalised_weights(states, weights)
     return tree_sum([states[site] for site in shares], list(shares.values()))
 
@@ -177,7 +177,7 @@ def _merge_rows(
     entries: tuple[Entry, ...],
 ) -> State:
     """Do what `merge_states` does with replies that are laid out alike."""
-    merged = _mean_of_rows(section, rows, shares)
+    merged = _mean(section, rows, shares)
     statistics = {e.name for e in entries if e.role == "norm_statistic"}
     for name in (n for n in merged if n in statistics and _is_variance(n)):
         mean_name = _mean_of_variance(name, merged)
@@ -245,23 +245,46 @@ def _shares(
     return {s: weights[s] / total for s in sorted(weights) if weights[s] > 0}
 
 
-def _mean_of_rows(
-    section: Section, rows: Mapping[SiteId, FlatTensors], shares: Mapping[SiteId, float]
-) -> State:
-    """Average replies that are laid out alike, run by run."""
-    taking_part = [rows[site] for site in shares]
+def mean_of_rows(
+    section: Section,
+    rows: Sequence[FlatTensors],
+    shares: Sequence[float],
+    *,
+    buffer: Tensor | None = None,
+    add: Callable[[Tensor, list[Tensor], list[float]], None] | None = None,
+) -> FlatTensors:
+    """Average replies that are laid out alike, run by run.
+
+    Args:
+        section: Which part of the replies.
+        rows: In sorted order of the sites.
+        shares: One weight per row, of sum 1.
+        buffer: Where to; at least `section.alone.num_bytes` of uint8.
+        add: What to do instead of `add_rows`, with equal results.
+    """
     layout = section.alone
-    adder = taking_part[0].adder
-    size = layout.num_bytes
-    buffer = adder.allocate(size) if adder else torch.empty(size, dtype=torch.uint8)
+    if buffer is None:
+        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
     for target, run in zip(layout.runs, section.runs, strict=True):
         out = target.read(buffer)
-        parts = [run.read(row.buffer) for row in taking_part]
-        if not run.dtype.is_floating_point:
+        parts = [run.read(row.buffer) for row in rows]
+        if run.dtype.is_floating_point:
+            (add or add_rows)(out, parts, list(shares))
+        else:
             out.copy_(_combine(parts, []))
-        elif adder is None or not adder.add(out, parts, list(shares.values())):
-            add_rows(out, parts, list(shares.values()))
-    return FlatTensors(layout, buffer).state(section.name)
+    return FlatTensors(layout, buffer)
+
+
+def _mean(
+    section: Section, rows: Mapping[SiteId, FlatTensors], shares: Mapping[SiteId, float]
+) -> State:
+    taking_part = [rows[site] for site in shares]
+    weights = list(shares.values())
+    adder = taking_part[0].adder
+    mean = adder.mean(section, taking_part, weights) if adder else None
+    if mean is None:
+        mean = mean_of_rows(section, taking_part, weights)
+    return mean.state(section.name)
 
 
 def add_rows(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:

@@ -88,6 +88,11 @@ class Workshop:
         """What of the network is shared."""
         return StatePartition.of(self.model, self.strategy.keeps)
 
+    @functools.cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the live network."""
+        return tuple(self.model.modules())
+
     def initial(self) -> State:
         """The network's initial entries, equal at the server and at every site."""
         fresh = build_model(self.study, self.task, self.strategy)
@@ -351,7 +356,13 @@ class HospitalContext:
 
     def load(self, shared: State) -> nn.Module:
         """Give the network in training mode: shared entries plus what is kept."""
-        return self._bench.load(shared, self.private).train()
+        model = self._bench.load(shared, self.private)
+        # As `model.train()`, without setting what is set: that costs more than a step
+        # of a small network.
+        for module in self._bench.workshop.modules:
+            if not module.training:
+                module.training = True
+        return model
 
     def batches(self, first: int, count: int) -> Iterator[Batch]:
         """Draw training batches number `first`... of this round."""

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Host:
         self._bench = Workbench(shop.study, site_id, shop.cache, shop)
         self._policy = premises.policy
         self._folder = folder.site_folder(site_id)
-        self._ledger = Ledger(folder.ledger / site_id)
+        self._ledger = Ledger(folder.ledger / site_id, digests=_digests(shop.study))
         self._store = PrivateStore(self._folder / "private", durable=durable)
         self._asked = Message("open")
         self._numbers: dict[str, int] = {}
@@ -147,7 +147,8 @@ class Host:
         reply = to_message(payload)
         reply = enforce(self._policy, reply, context=self._policy_context(message))
         # Who keeps nothing need not be asked to file it, and may move to any process.
-        reply = replace(reply, header={**reply.header, "keeps": self._keeps})
+        header = {**reply.header, "keeps": self._keeps}
+        reply = Message(reply.kind, header, reply.tensors)
         self._record(reply)
         return reply
 

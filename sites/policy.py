@@ -164,7 +164,9 @@ def enforce(
         context = PolicyContext(**context)
     _check_kind_and_round(policy, message, context)
     _check_counts(policy, message)
-    message = replace(message, header=_rename_cases(policy, message.header, context))
+    if policy.case_ids != "keep":
+        renamed = _rename_cases(policy, message.header, context)
+        message = replace(message, header=renamed)
     if policy.noise is not None:
         message = _privatise(policy.noise, message, context)
     _check_norm(policy, message, context)
@@ -230,6 +232,9 @@ def _check_norm(policy: Policy, message: Message, context: PolicyContext) -> Non
 
 
 def _check_size(policy: Policy, message: Message) -> None:
+    # JSON writes no character in more than six.
+    if message.num_bytes + 8 * len(repr(message.header)) <= policy.max_message_bytes:
+        return
     try:
         size = message.num_bytes + len(exact_json.dumps(message.header).encode())
     except ValueError as error:

@@ -38,12 +38,25 @@ class Segment:
         self.descriptor = descriptor
         self.size = size
         self._map = mmap.mmap(descriptor, size)
+        self._guarded: mmap.mmap | None = None
         self.address = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def tensor(self) -> tuple[Tensor, np.ndarray]:
         """View all of it, and give what lives as long as any view of the view."""
         base = np.frombuffer(self._map, np.uint8)
         return torch.from_numpy(base), base
+
+    def guarded(self) -> Tensor:
+        """View all of it; what is written to the view, no other process sees."""
+        if self._guarded is None:
+            self._guarded = mmap.mmap(
+                self.descriptor, self.size, access=mmap.ACCESS_COPY
+            )
+        return torch.from_numpy(np.frombuffer(self._guarded, np.uint8))
+
+    def renew_guard(self) -> None:
+        """Forget what was written to the guarded view: it hides what is new there."""
+        self._guarded = None
 
     def close(self) -> None:
         """Give the descriptor back; the memory goes with the last view."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from fedmed import exact_json
 from fedmed.errors import WireError
 from fedmed.flat import FlatTensors, lazy_clone, pack
-from fedmed.gate import measure
+from fedmed.gate import Yardstick, measure
 from fedmed.message import Answer, Message, SiteId, State
 from fedmed.transports.failure import describe_failure
 from fedmed.transports.transport import Host, HostSpec
@@ -38,6 +38,7 @@ class HostKeeper:
         self.durable = durable
         self._hosts: dict[SiteId, Host] = {}
         self._common: dict[str, Any] = {}
+        self._yardstick: Yardstick | None = None
 
     def answer(
         self,
@@ -70,9 +71,20 @@ class HostKeeper:
                 _require_unchanged(message, before)
             if reference is None:
                 return packed
-            return replace(packed, norms=measure(packed, reference))
+            return Message(
+                packed.kind,
+                packed.header,
+                packed.tensors,
+                measure(packed, self._yardstick_of(reference)),
+            )
         except (Exception, SystemExit) as error:
             return describe_failure(self._hosts.get(site_id), error)
+
+    def _yardstick_of(self, reference: State) -> Yardstick:
+        """One yardstick for all replies of an exchange."""
+        if self._yardstick is None or self._yardstick.reference is not reference:
+            self._yardstick = Yardstick(reference)
+        return self._yardstick
 
     def _host(self, site_id: SiteId) -> Host:
         if site_id not in self._hosts:
@@ -122,11 +134,37 @@ def sent(header: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WireError: If it holds what cannot be sent.
     """
+    if all(map(_is_plain, header, header.values())):
+        return {name: _copied(value) for name, value in sorted(header.items())}
     try:
         arrived: dict[str, Any] = exact_json.loads(exact_json.dumps(header))
     except ValueError as error:
         raise WireError(f"cannot send this message: {error}") from error
     return arrived
+
+
+_WHOLE = (str, int, bool, type(None))
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether JSON gives back just this: a name and a value, or a few values."""
+    if type(name) is not str:
+        return False
+    if type(value) is dict:
+        return all(type(n) is str and _is_scalar(v) for n, v in value.items())
+    if type(value) is list:
+        return all(map(_is_scalar, value))
+    return _is_scalar(value)
+
+
+def _is_scalar(value: object) -> bool:
+    return type(value) in _WHOLE or (type(value) is float and math.isfinite(value))
+
+
+def _copied(value: Any) -> Any:
+    if type(value) is dict:
+        return dict(sorted(value.items()))
+    return list(value) if type(value) is list else value
 
 
 def _versions(message: Message) -> tuple[int, ...]:

@@ -27,12 +27,13 @@ class Placement:
         self._num_workers = num_workers
         self._place = _even(self._order, num_workers)
         self._bound: set[SiteId] = set()
-        self._suspicion: dict[SiteId, int] = {}
+        self._suspects: set[SiteId] = set()
 
     def waves(self, addressed: Collection[SiteId]) -> list[Wave]:
         """Give the sites that share a message: one group per worker and wave.
 
-        Suspects come last, each alone, when the others' answers are safely here.
+        Suspects come last, each alone, when the others' answers are safely here. Who
+        answers alone is a suspect no longer.
         """
         sites = [site for site in self._order if site in addressed]
         if not any(site in self._bound for site in sites):
@@ -40,26 +41,27 @@ class Placement:
         waves: list[Wave] = [{}]
         for worker in range(self._num_workers):
             mine = [site for site in sites if self._place[site] == worker]
-            trusted = tuple(s for s in mine if s not in self._suspicion)
+            trusted = tuple(s for s in mine if s not in self._suspects)
             if trusted:
                 waves[0][worker] = trusted
-            suspects = [s for s in mine if s in self._suspicion]
+            suspects = [s for s in mine if s in self._suspects]
             waves += [{} for _ in suspects[len(waves) - 1 :]]
             for wave, site in zip(waves[1:], suspects, strict=False):
                 wave[worker] = (site,)
         return waves
 
     def note(self, site_id: SiteId, answer: Answer) -> None:
-        """Note whether a site that answered is bound to its worker from now on."""
-        if isinstance(answer, Message) and not answer.header.get("keeps", True):
-            self._bound.discard(site_id)
-        else:
-            self._bound.add(site_id)
+        """Note whether a site is bound to its worker from now on, and its innocence."""
+        if isinstance(answer, Message):
+            self._suspects.discard(site_id)
+            if not answer.header.get("keeps", True):
+                self._bound.discard(site_id)
+                return
+        self._bound.add(site_id)
 
     def suspect(self, site_ids: Collection[SiteId]) -> None:
         """Note that one of these sites ended their worker, or let it hang."""
-        for site_id in site_ids:
-            self._suspicion[site_id] = self._suspicion.get(site_id, 0) + 1
+        self._suspects.update(site_ids)
 
 
 def _even(sites: Collection[SiteId], num_workers: int) -> dict[SiteId, int]:

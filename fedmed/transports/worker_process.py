@@ -221,6 +221,15 @@ class Worker:
                 errand.site_id, message, reference=reference, pack_into=tray.pack
             )
             parcels.append(self._parcel(answer, tray))
+            if isinstance(answer, SiteFailure) and any(
+                t._version for t in whole.values()
+            ):
+                # It wrote to what it was sent. The next site reads the original.
+                for number in whole:
+                    self._mapped[0, number].renew_guard()
+                whole = {}
+                tables = [self._read(table, whole) for table in job.tables]
+                reference = None if job.reference is None else tables[job.reference]
         return Delivery(parcels, tray.used)
 
     def _parcel(self, answer: Answer, tray: Tray) -> Parcel | SiteFailure:
@@ -239,7 +248,7 @@ class Worker:
         tensors = {}
         for slot, number in table:
             if number not in whole:
-                whole[number] = self._mapped[0, number].tensor()[0]
+                whole[number] = self._mapped[0, number].guarded()
             tensors[slot.name] = slot.read(whole[number])
         return tensors
 

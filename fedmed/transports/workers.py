@@ -14,7 +14,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from fedmed.errors import FedMedError, UsageError
-from fedmed.flat import CHUNK, FlatTensors, Layout, Slot, pack
+from fedmed.flat import CHUNK, FlatTensors, Layout, Section, Slot, pack
 from fedmed.message import Answer, Message, SiteFailure, SiteId, State
+from fedmed.reduce import add_rows, mean_of_rows
 from fedmed.transports.arena import Pool, Segment
-from fedmed.transports.keeper import dense
+from fedmed.transports.keeper import dense, sent
 from fedmed.transports.placement import Placement, Wave
 from fedmed.transports.transport import HostSpec, Transport, check_addressed
 from fedmed.transports.worker_process import (
@@ -151,9 +152,10 @@ class WorkersTransport(Transport):
         if self._spec is None:
             raise FedMedError("the transport is not open", hint="call open() first")
         check_addressed(messages, self._site_ids)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         answers: dict[SiteId, Answer] = {}
         for wave in self._placement.waves(messages):
+            # Each has its own time: a suspect that hangs costs the others nothing.
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
             answers.update(self._run_wave(wave, messages, reference, deadline))
         for site_id, answer in answers.items():
             self._placement.note(site_id, answer)
@@ -266,19 +268,27 @@ class WorkersTransport(Transport):
             )
         return answers
 
-    def allocate(self, num_bytes: int) -> Tensor:
-        """Give memory that the workers can read; see `fedmed.flat.Adder`."""
-        return self._pool.allocate(num_bytes)
+    def mean(
+        self, section: Section, rows: Sequence[FlatTensors], shares: Sequence[float]
+    ) -> FlatTensors:
+        """Average replies into memory that the workers can read; see `Adder`."""
+        buffer = self._pool.allocate(section.alone.num_bytes)
+        return mean_of_rows(section, rows, shares, buffer=buffer, add=self._add)
 
-    def add(self, out: Tensor, rows: list[Tensor], weights: list[float]) -> bool:
-        """Let all workers form a long sum, each some of the columns.
+    def _add(self, out: Tensor, rows: list[Tensor], weights: list[float]) -> None:
+        """Form a long sum with the help of all workers, a short one alone."""
+        is_long = len(out) * len(rows) >= LONG_SUM and len(self._crew) > 1
+        if not (is_long and self._add_together(out, rows, weights)):
+            add_rows(out, rows, weights)
+
+    def _add_together(
+        self, out: Tensor, rows: list[Tensor], weights: list[float]
+    ) -> bool:
+        """Let each worker form the sum in some of the columns.
 
         Returns:
-            False, with nothing done, if the sum is too short to be worth it, if not
-            all of it lies in shared memory, or if a worker failed.
+            False if not all of it lies in shared memory, or if a worker failed.
         """
-        if len(out) * len(rows) < LONG_SUM or len(self._crew) < 2:
-            return False
         atlas = Atlas(self._segments())
         found = [atlas.place(tensor) for tensor in (out, *rows)]
         places = [place for place in found if place is not None]
@@ -361,7 +371,7 @@ class Desk:
             return position[id(tensors)]
 
         errands = tuple(
-            Errand(site, m.kind, m.header, place(m.tensors))
+            Errand(site, m.kind, sent(m.header), place(m.tensors))
             for site, m in messages.items()
         )
         origin = None if reference is None else place(reference)
