@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,8 @@ def results(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 if a run failed."""
+    # As with Ctrl-C: what was started is ended before this process is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="workloads, e.g. W2,W3")
     parser.add_argument("--quick", action="store_true", help="few rounds, once")
@@ -163,4 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        tell("stopped; the same command goes on from here")
+        sys.exit(130)

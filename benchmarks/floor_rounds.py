@@ -123,6 +123,14 @@ def _gradient(
 
 def run_floor(floor: Floor, *, rounds: int, skip: int = 3) -> list[float]:
     """Train, and give the seconds of every round after the first few."""
+    took, weights = train_floor(floor, rounds=rounds)
+    if not math.isfinite(float(weights.sum())):
+        raise FloatingPointError("the floor's weights are not finite")
+    return took[skip:]
+
+
+def train_floor(floor: Floor, *, rounds: int) -> tuple[list[float], Tensor]:
+    """Train; give the seconds of every round and the final weights, flat."""
     weights = shared_floats(1, floor.num_parameters)[0]
     sums = shared_floats(floor.num_workers, floor.num_parameters)
     weights.copy_(flatten(floor.initial)[0])
@@ -138,9 +146,7 @@ def run_floor(floor: Floor, *, rounds: int, skip: int = 3) -> list[float]:
             else:
                 tell(np.array([ADD], np.int64).tobytes())
             took.append(time.perf_counter() - began)
-    if not math.isfinite(float(weights.sum())):
-        raise FloatingPointError("the floor's weights are not finite")
-    return took[skip:]
+    return took, weights
 
 
 @contextlib.contextmanager

@@ -1,0 +1,186 @@
+"""The harness of the benchmarks: interleaving, resuming, ratios, memory, floors."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks import floor_rounds
+from benchmarks.harness import (
+    FailedRunError,
+    Row,
+    Store,
+    Variant,
+    Workload,
+    descendants,
+    measure,
+    plan,
+    run_once,
+    summarise,
+    tree_memory,
+)
+from benchmarks.results_page import code_lines, table
+
+WORKLOAD = Workload(
+    key="W0",
+    title="A try",
+    module="benchmarks.there_is_no_such_module",
+    variants=(Variant("floor"), Variant("ours", "floor", bar=1.5, memory_bar=1.2)),
+    memory=True,
+)
+PYTHON = [sys.executable, "-c"]
+
+
+def test_repetitions_interleave_the_variants():
+    names = [(v.name, number) for v, number in plan(WORKLOAD, 2)]
+    assert names == [
+        *[("floor", 0), ("ours", 0), ("floor", 1), ("ours", 1)],
+        *[("floor", "memory"), ("ours", "memory")],
+    ]
+
+
+def stored(folder: Path) -> Store:
+    """Three repetitions on a machine that became three times slower."""
+    store = Store(folder)
+    for number, slower in enumerate((1.0, 1.0, 3.0)):
+        store.write("W0", "floor", number, result={"seconds": slower})
+        store.write("W0", "ours", number, result={"seconds": 1.4 * slower})
+    store.write("W0", "floor", "memory", result={"memory_bytes": 100})
+    store.write("W0", "ours", "memory", result={"memory_bytes": 150})
+    return store
+
+
+def test_a_ratio_is_taken_within_a_repetition(tmp_path):
+    floor, ours = summarise(WORKLOAD, stored(tmp_path), 3)
+    assert floor.is_met is None
+    assert ours.ratio == pytest.approx(1.4)
+    assert ours.ratio_spread == pytest.approx((1.4, 1.4))
+    assert ours.spread == pytest.approx((1.4, 4.2))
+
+
+def test_a_missed_bar_of_memory_is_a_missed_bar(tmp_path):
+    rows = summarise(WORKLOAD, stored(tmp_path), 3)
+    assert rows[1].memory_ratio == pytest.approx(1.5)
+    assert rows[1].is_met is False
+    assert "**missed**" in table(WORKLOAD, rows, {})
+
+
+def test_time_counts_per_core():
+    variant = Variant("workers", "floor", bar=1.3, cores=4, per_core=True)
+    assert Row(variant, 1.0, (1.0, 1.0), ratio=1.31).is_met is False
+    assert Row(variant, 1.0, (1.0, 1.0), ratio=1.3).is_met is True
+
+
+def test_only_missing_runs_are_run(tmp_path):
+    store = stored(tmp_path)
+    assert measure(WORKLOAD, store, repetitions=3) == {}
+    store.path("W0", "ours", 1).write_text('{"seconds": ')
+    failed = measure(WORKLOAD, store, repetitions=3)
+    assert list(failed) == ["ours"]
+    assert "there_is_no_such_module" in failed["ours"]
+    assert store.read("W0", "floor", 1) == {"seconds": 1.0}
+
+
+def test_the_last_line_is_the_result():
+    told = "print('noise'); print('{\"seconds\": 0.5}')"
+    assert run_once([*PYTHON, told]) == {"seconds": 0.5}
+
+
+@pytest.mark.parametrize("code", ["raise ValueError('odd')", "print('no object')"])
+def test_a_run_that_fails_says_how(code):
+    with pytest.raises(FailedRunError, match=r"odd|said nothing"):
+        run_once([*PYTHON, code])
+
+
+def command_lines() -> list[str]:
+    """Command lines of all processes."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_text())
+    return found
+
+
+def test_nothing_runs_on_after_a_timeout():
+    name = f"sleep-of-{time.monotonic_ns()}"
+    code = (
+        "import subprocess, sys, time;"
+        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', "
+        f"'{name}']); time.sleep(60)"
+    )
+    with pytest.raises(FailedRunError, match="longer than"):
+        run_once([*PYTHON, code], timeout_s=1.0)
+    assert not [line for line in command_lines() if line.endswith(f"{name}\0")]
+
+
+def test_memory_that_processes_share_counts_once():
+    size = 64 * 2**20
+    code = (
+        "import mmap, os, sys, time;"
+        f"shared = mmap.mmap(-1, {size}); shared.write(bytes({size}));"
+        "child = os.fork(); shared[:1], sum(shared[::4096]);"
+        "print('ready', flush=True) if child else None;"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([*PYTHON, code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.3)
+            found, memory = descendants(process.pid), tree_memory(process.pid)
+        finally:
+            for one in descendants(process.pid)[1:]:
+                subprocess.run(["kill", str(one)], check=False)
+            process.kill()
+    assert len(found) == 2
+    assert size < memory < 1.7 * size
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("large", [1, 1_000_000])
+def test_the_floor_is_federated_averaging(monkeypatch, large):
+    monkeypatch.setattr(floor_rounds, "LARGE", large)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(5, 4, 3, generator=generator)
+    labels = torch.randint(2, (5, 4), generator=generator)
+    start = [torch.randn(2, 3, generator=generator), torch.zeros(2)]
+
+    def loss(leaves, batch, classes):
+        return functional.cross_entropy(functional.linear(batch, *leaves), classes)
+
+    floor = floor_rounds.Floor(
+        start, loss, lambda s, _: (images[s], labels[s]), 5, 5, lr=0.1, num_workers=2
+    )
+    _, weights = floor_rounds.train_floor(floor, rounds=2)
+
+    expected = torch.cat([tensor.reshape(-1) for tensor in start]).double()
+    for _ in range(2):
+        moved = []
+        for site in range(5):
+            layer = torch.nn.Linear(3, 2).double()
+            layer.load_state_dict(
+                {"weight": expected[:6].view(2, 3), "bias": expected[6:]}
+            )
+            step = torch.optim.SGD(layer.parameters(), lr=0.1)
+            functional.cross_entropy(
+                layer(images[site].double()), labels[site]
+            ).backward()
+            step.step()
+            moved.append(
+                torch.cat([p.detach().reshape(-1) for p in layer.parameters()])
+            )
+        expected = torch.stack(moved).mean(0)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lines_of_code_are_neither_words_nor_blank():
+    assert (
+        code_lines('"""Words."""\n\n# more\ndef f():\n    """W."""\n    return 1\n')
+        == 2
+    )
