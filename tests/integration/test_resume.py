@@ -367,7 +367,7 @@ def test_full_disk_of_a_site_names_the_site(fedmed, work, small_disk, small):
     fill(disk / "ballast")
     ended = fedmed("run", study, "--out", out, "--no-report")
     assert ended.code == 4
-    assert "b: " in ended.err
+    assert "site b could not end the round" in ended.err
     assert "No space left on device" in ended.err
     (disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)

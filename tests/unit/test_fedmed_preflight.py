@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,15 @@ from fedmed.preflight import check_folder, check_options, settle
 from fedmed.runfolder import RunFolder
 from fedmed.study import Study, study_from_dict
 
-CASES = {"preset": "prostate_abc", "cases_per_site": 2}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+runs = importlib.import_module("tiny.runs")
+modules_are_listed_once = runs.modules_are_listed_once
+
+SITES = {"dataset": "tiny.hospitals", "kind": "table"}
 
 
 def study(**changes: Any) -> Study:
-    base = {"name": "s", "sites": {"dataset": "phantom", **CASES}}
+    base = {"name": "s", "sites": SITES}
     return study_from_dict(base | changes)
 
 
@@ -54,7 +59,7 @@ def test_auto_is_decided_once_and_stands_in_the_lock(
     folder = RunFolder(tmp_path)
     found = settle(study(**AUTO), folder, tmp_path)
     assert found.train.precision == "bfloat16"
-    assert decided == [("segmentation", tmp_path)]
+    assert decided == [("classification", tmp_path)]
     assert found == study(train={"precision": "bfloat16"})
     folder.write_lock(
         study(train={"precision": "float32"}).to_dict() | {"versions": {}}
@@ -78,7 +83,7 @@ def test_what_changes_no_number_may_change(tmp_path: Path) -> None:
     lock = study().to_dict()
     lock["strategy"]["sync"] = "round"
     folder.write_lock(lock)
-    sites = {"dataset": "phantom", **CASES, "ledger_digests": False}
+    sites = {**SITES, "ledger_digests": False}
     other = study(checkpoint={"every": 7}, sites=sites)
     check_folder(folder, other, resume=True)
     with pytest.raises(ResumeError, match="sites_per_round: None -> 2"):
