@@ -17,15 +17,16 @@ INSTALL_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Peer:
-    """A framework that is compared: its folder here, its package, how it is started."""
+    """A framework that is compared: its folder here, its package, how it is started.
+
+    `rounds` holds the workloads in which it runs another number of rounds than others.
+    """
 
     name: str
     title: str
     package: str
     launcher: tuple[str, ...] = ()
-    rounds: Mapping[str, int] = field(
-        default_factory=dict
-    )  # where not as many as others
+    rounds: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def requirements(self) -> Path:
