@@ -83,6 +83,8 @@ def check_label(
             hint="One channel per class (one-hot)? Store the class number instead.",
         )
     stored_IJK = _as_integers(label.array_CIJK[0])
+    if stored_IJK.dtype == np.uint8 and _means_itself(stored_IJK, targets):
+        return np.array(stored_IJK, order="C")
     lowest, highest = min(targets), max(targets)
     outside = (stored_IJK < lowest) | (stored_IJK > highest)
     if np.any(outside):
@@ -96,6 +98,15 @@ def check_label(
     for value, target in targets.items():
         table[value - lowest] = target
     return np.ascontiguousarray(table[steps])
+
+
+def _means_itself(stored_IJK: np.ndarray, targets: Mapping[int, int]) -> bool:
+    """Tell whether all values are among the declared 0, 1, 2... that mean themselves.
+
+    A quick look that most label maps pass; the others are checked value by value.
+    """
+    first_other = next(v for v in range(256 + 1) if targets.get(v) != v)
+    return bool(stored_IJK.size and stored_IJK.max() < first_other)
 
 
 def _targets(labels: Mapping[int, str], merge: Mapping[int, int]) -> dict[int, int]:

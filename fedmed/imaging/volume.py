@@ -8,6 +8,7 @@ uncompressed file that hits a voxel cannot be seen: such files carry no checksum
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def read_volume(
         array_CIJK=array_CIJK,
         spacing_mm=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         affine=affine,
-        axis_codes="".join(_orientations.aff2axcodes(header.affine)),
+        axis_codes="".join(_orientations.ornt2axcodes(_orientation(header.affine))),
     )
 
 
@@ -129,7 +130,20 @@ def _scale(stored: np.ndarray, header: NiftiHeader, dtype: Any) -> np.ndarray:
 
 def _canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flip and exchange axes (views only) until they point right, front and up."""
-    orientation = _orientations.io_orientation(affine)
+    orientation = _orientation(affine)
     turned = _orientations.apply_orientation(array, orientation)
     inverse = _orientations.inv_ornt_aff(orientation, array.shape[:3])
     return turned, np.asarray(affine @ inverse, np.float64)
+
+
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """Find which way the axes run; the scans of a site mostly agree."""
+    return _orientation_of(np.asarray(affine, np.float64).tobytes())
+
+
+@functools.lru_cache(maxsize=64)
+def _orientation_of(affine_bytes: bytes) -> np.ndarray:
+    affine = np.frombuffer(affine_bytes, np.float64).reshape(4, 4)
+    orientation: np.ndarray = _orientations.io_orientation(affine)
+    orientation.flags.writeable = False
+    return orientation

@@ -17,7 +17,7 @@ from fedmed.errors import DataError
 from fedmed.imaging.cache import PreparedCache, prepare_cases
 from fedmed.imaging.preprocess import Prepared, Preprocessing, cut_fraction, prepare
 from fedmed.study import Study, study_from_dict
-from fedmed.training.examples import ExampleIndex
+from fedmed.training.examples import ExampleIndex, _known_slices
 from sites import data as module
 from sites.data import SiteList, SliceView, list_sites, open_site
 
@@ -184,9 +184,11 @@ def test_examples_are_listed_without_opening_a_label(
     def refuse(*_: Any) -> np.ndarray:
         raise AssertionError
 
+    # Not through the class: its checked annotations look at every attribute.
     with monkeypatch.context() as patched:
         patched.setattr("fedmed.imaging.prepared_case._map_array", refuse)
-        index = ExampleIndex(cases, "slice")
+        assert [_known_slices(case, "slice") for case in cases] == [(1, 2, 4, 5)] * 3
+    index = ExampleIndex(cases, "slice")
     assert index.examples == [(n, k) for n in range(3) for k in (1, 2, 4, 5)]
 
 
