@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import (
     ROOT,
@@ -26,6 +25,7 @@ from benchmarks.harness import (
     Store,
     Variant,
     Workload,
+    combined,
     measure,
     summarise,
 )
@@ -41,8 +41,8 @@ SELF_MEASURED = (
         module="benchmarks.training",
         variants=(Variant("all"),),
         floors=("benchmarks/floor_training.py",),
-        whole=True,
-        repetitions=1,
+        repeat=("--repeats", "1"),
+        quick=("--repeats", "1", "--rounds", "3"),
     ),
     Workload(
         key="W5",
@@ -50,8 +50,8 @@ SELF_MEASURED = (
         module="benchmarks.data",
         variants=(Variant("all"),),
         floors=("benchmarks/data.py",),
-        whole=True,
-        repetitions=1,
+        repeat=("--repeats", "1"),
+        quick=("--repeats", "1", "--volumes", "20"),
     ),
     Workload(
         key="W6",
@@ -59,8 +59,8 @@ SELF_MEASURED = (
         module="benchmarks.evaluation",
         variants=(Variant("all"),),
         floors=("benchmarks/evaluation.py",),
-        whole=True,
-        repetitions=1,
+        repeat=("--repeats", "1"),
+        quick=("--quick",),
     ),
 )
 """Workloads whose module interleaves and repeats by itself."""
@@ -126,10 +126,14 @@ def results(
     """Write the page of all that is stored."""
     tables, wholes = [], []
     for key, workload in known.items():
-        if workload.whole:
-            said: dict[str, Any] = store.read(key, "all", 0) or {}
-            if said or failed[key]:
-                wholes.append((workload, said, failed[key]))
+        if workload.is_whole:
+            runs = [store.read(key, "all", number) for number in range(repetitions)]
+            found = [run for run in runs if run]
+            told = {
+                f"run {n}": r["problem"] for n, r in enumerate(found) if "problem" in r
+            }
+            if found or failed[key]:
+                wholes.append((workload, combined(found), {**failed[key], **told}))
         elif (rows := summarise(workload, store, repetitions)) or failed[key]:
             tables.append((workload, rows, failed[key]))
     return page(tables, wholes, commit=commit, repetitions=repetitions, quick=quick)

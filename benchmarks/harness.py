@@ -73,12 +73,15 @@ class Workload:
         title: One line.
         module: Run as `python -m <module> <variant> [--quick]`; its last line on
             standard output is a JSON object with "seconds".
+        repeat: Arguments that make a module which measures all its variants in one
+            process, with its floors in turns, do that once. It is also given
+            `--json FILE`, and writes there an object with "rows".
+        quick: Arguments of a try.
         variants: In the order in which they are run.
         floors: Files that are the floor, for the results page.
         memory: Whether one more repetition samples memory.
-        whole: The module measures all its variants itself in one run, with floors and
-            repetitions, and its JSON object holds "rows".
         repetitions: Largest number of them.
+        notes: Said under the table.
     """
 
     key: str
@@ -87,9 +90,15 @@ class Workload:
     variants: tuple[Variant, ...] = ()
     floors: tuple[str, ...] = ()
     memory: bool = False
-    whole: bool = False
+    repeat: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ("--quick",)
     repetitions: int = 1000
     notes: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one process measures all variants."""
+        return bool(self.repeat)
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ def run_once(
     memory: bool = False,
     timeout_s: float = 1800.0,
     environment: Mapping[str, str] | None = None,
+    needs_object: bool = True,
 ) -> dict[str, Any]:
     """Run one process and read the JSON object on the last line it prints.
 
@@ -174,6 +184,7 @@ def run_once(
             Sampling disturbs the clock: use another run for times.
         timeout_s: Longest time it may take.
         environment: Added to this process's.
+        needs_object: Whether it has to say something.
 
     Raises:
         FailedRunError: If it fails, or says nothing.
@@ -190,10 +201,10 @@ def run_once(
             except subprocess.TimeoutExpired:
                 raise FailedRunError(f"took longer than {timeout_s:.0f} s") from None
         result = _last_object(told)
-        if code or result is None:
+        if code or (needs_object and result is None):
             why = _last_line(wrong)[:MAX_SAID] or f"ended with {code}, said nothing"
             raise FailedRunError(why)
-    return result | ({"memory_bytes": peak()} if memory else {})
+    return (result or {}) | ({"memory_bytes": peak()} if memory else {})
 
 
 @contextlib.contextmanager
@@ -310,15 +321,9 @@ def measure(
     for variant, number in missing:
         if variant.name in failed:
             continue
-        command = [sys.executable, "-m", workload.module]
-        command += [] if workload.whole else [variant.name]
-        command += ["--quick"] if quick else []
         try:
-            result = run_once(
-                command,
-                memory=number == "memory",
-                environment={} if workload.whole else {"OMP_NUM_THREADS": "1"},
-            )
+            run = run_whole if workload.is_whole else run_variant
+            result = run(workload, variant, memory=number == "memory", quick=quick)
             store.write(workload.key, variant.name, number, result=result)
             said = shown(result)
         except FailedRunError as error:
@@ -330,6 +335,53 @@ def measure(
             f"{variant.name} #{number}: {said} · {left:.0f} s left"
         )
     return failed
+
+
+def run_variant(
+    workload: Workload, variant: Variant, *, memory: bool, quick: bool
+) -> dict[str, Any]:
+    """Run one variant in a process of one thread."""
+    command = [sys.executable, "-m", workload.module, variant.name]
+    command += workload.quick if quick else ()
+    return run_once(command, memory=memory, environment={"OMP_NUM_THREADS": "1"})
+
+
+def run_whole(
+    workload: Workload, variant: Variant, *, memory: bool, quick: bool
+) -> dict[str, Any]:
+    """Run a module that measures all variants; it may fail by its own checks."""
+    del variant
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", workload.module, "--json", str(file)]
+        command += workload.quick if quick else workload.repeat
+        try:
+            run_once(command, memory=memory, needs_object=False)
+            return dict(json.loads(file.read_text()))
+        except FailedRunError as error:
+            if not file.is_file():
+                raise
+            return {**json.loads(file.read_text()), "problem": str(error)}
+
+
+def combined(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Put the rows of several runs together, by name: medians, widest spread."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            by_name.setdefault(row["name"], []).append(row)
+    return [_combined_row(rows) for rows in by_name.values()]
+
+
+def _combined_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    result = dict(rows[-1])
+    for key, value in rows[-1].items():
+        seen = [row.get(key) for row in rows]
+        numbers = [v for v in seen if isinstance(v, float) and key != "bar"]
+        if isinstance(value, float) and numbers:
+            result[key] = statistics.median(numbers)
+    lows, highs = zip(*(row["spread"] for row in rows), strict=True)
+    return result | {"spread": [min(lows), max(highs)]}
 
 
 def shown(result: Mapping[str, Any]) -> str:

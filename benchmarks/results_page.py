@@ -28,7 +28,7 @@ the ratios within each repetition. Memory comes from runs of its own.
 
 def page(
     tables: Sequence[tuple[Workload, Sequence[Row], Mapping[str, str]]],
-    wholes: Sequence[tuple[Workload, Mapping[str, Any], Mapping[str, str]]],
+    wholes: Sequence[tuple[Workload, Sequence[Mapping[str, Any]], Mapping[str, str]]],
     *,
     commit: str,
     repetitions: int,
@@ -38,7 +38,7 @@ def page(
 
     Args:
         tables: Workloads measured variant by variant, their rows and what failed.
-        wholes: Workloads that measure themselves, what they said and what failed.
+        wholes: Workloads that measure themselves, their rows and what failed.
         commit: Of the code that was measured.
         repetitions: Of every variant.
         quick: Whether this was only a try.
@@ -48,7 +48,7 @@ def page(
         parts.append("**Measured with `--quick`: too few rounds to be quoted.**\n")
     parts.append(machine(commit))
     sections = [(w.key, table(w, rows, failed)) for w, rows, failed in tables]
-    sections += [(w.key, whole_table(w, said, failed)) for w, said, failed in wholes]
+    sections += [(w.key, whole_table(w, rows, failed)) for w, rows, failed in wholes]
     parts += [text for _, text in sorted(sections)]
     parts.append(floors([w for w, *_ in (*wholes, *tables)]))
     return "\n".join(parts)
@@ -74,10 +74,9 @@ def table(workload: Workload, rows: Sequence[Row], failed: Mapping[str, str]) ->
 
 
 def whole_table(
-    workload: Workload, said: Mapping[str, Any], failed: Mapping[str, str]
+    workload: Workload, rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str]
 ) -> str:
     """A workload that measures itself, as a table."""
-    rows = said.get("rows", [])
     known = ("name", "median_s", "spread", "ratio", "bar")
     more = list(dict.fromkeys(key for row in rows for key in row if key not in known))
     head = ["", "median", "ratio", "bar", *(key.replace("_", " ") for key in more)]

@@ -19,6 +19,7 @@ from benchmarks.harness import (
     Store,
     Variant,
     Workload,
+    combined,
     descendants,
     measure,
     plan,
@@ -184,3 +185,13 @@ def test_lines_of_code_are_neither_words_nor_blank():
         code_lines('"""Words."""\n\n# more\ndef f():\n    """W."""\n    return 1\n')
         == 2
     )
+
+
+def test_runs_that_measure_themselves_are_put_together():
+    runs = [
+        {"rows": [{"name": "ours", "median_s": m, "spread": [m, m + 1], "bar": 0.5}]}
+        for m in (3.0, 1.0, 2.0)
+    ]
+    assert combined(runs) == [
+        {"name": "ours", "median_s": 2.0, "spread": [1.0, 4.0], "bar": 0.5}
+    ]
