@@ -23,7 +23,8 @@ SITES = {"dataset": "tiny.hospitals", "kind": "table"}
 
 
 def study(**changes: Any) -> Study:
-    base = {"name": "s", "sites": SITES}
+    model = {"name": "mlp", "mode": "row"}
+    base = {"name": "s", "sites": SITES, "model": model}
     return study_from_dict(base | changes)
 
 
