@@ -9,6 +9,7 @@ minute slows both sides.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_LIBC = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
 SAMPLE_S = 0.05
 """How often memory is looked at, in runs of their own."""
 
@@ -193,7 +195,12 @@ def run_once(
     own |= {**(environment or {}), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as wrong:
         process = subprocess.Popen(
-            command, stdout=told, stderr=wrong, env=own, start_new_session=True
+            command,
+            stdout=told,
+            stderr=wrong,
+            env=own,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509, no thread runs yet
         )
         with _ended(process), sampled(process.pid, memory) as peak:
             try:
@@ -205,6 +212,12 @@ def run_once(
             why = _last_line(wrong)[:MAX_SAID] or f"ended with {code}, said nothing"
             raise FailedRunError(why)
     return (result or {}) | ({"memory_bytes": peak()} if memory else {})
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process if the bench is killed: nothing runs on."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import itertools
 import json
 import logging
-import signal
 import statistics
 import sys
 import tempfile
@@ -107,17 +104,10 @@ def described(took: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process if the bench is killed: nothing runs on."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def variant_main(
     measured: Callable[..., Mapping[str, Any]], variants: Sequence[str]
 ) -> None:
     """Command line of a workload: measure one variant and tell it as JSON."""
-    die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("variant", choices=variants)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
