@@ -189,6 +189,9 @@ class Adder(Protocol):
     ) -> FlatTensors | None:
         """Do what `fedmed.reduce.mean_of_rows` does, or say None to leave it to it."""
 
+    def bring(self, rows: Sequence[FlatTensors], names: tuple[str, ...]) -> None:
+        """Get ready to read these tensors of all these replies, and no others."""
+
 
 class FlatTensors(Mapping[str, Tensor]):
     """Named tensors in one buffer; a view is made when it is asked for.

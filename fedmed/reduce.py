@@ -178,8 +178,13 @@ def _merge_rows(
 ) -> State:
     """Do what `merge_states` does with replies that are laid out alike."""
     merged = _mean(section, rows, shares)
-    statistics = {e.name for e in entries if e.role == "norm_statistic"}
-    for name in (n for n in merged if n in statistics and _is_variance(n)):
+    statistics = [e.name for e in entries if e.role == "norm_statistic"]
+    held = [name for name in statistics if name in merged]
+    first = next(iter(rows.values()))
+    if held and first.adder:
+        names = tuple(section.slots[name].name for name in held)
+        first.adder.bring([rows[site] for site in shares], names)
+    for name in filter(_is_variance, held):
         mean_name = _mean_of_variance(name, merged)
         means, variances = (
             [rows[site][section.slots[n].name] for site in shares]
@@ -320,18 +325,75 @@ def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tenso
 
 def _tree(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
     # A binary counter: only log2(sites) partial sums are alive at a time.
-    pending: list[tuple[int, Tensor]] = []
+    counter = Counter()
     for tensor, weight in zip(tensors, weights, strict=True):
-        product = tensor.detach().to(torch.float64, copy=True).mul_(weight)
-        pending.append((0, product))
+        counter.push(0, _product(tensor, weight))
+    return counter.total()
+
+
+def _product(tensor: Tensor, weight: float | int) -> Tensor:
+    return tensor.detach().to(torch.float64, copy=True).mul_(weight)
+
+
+class Counter:
+    """Adds blocks of the tree as they come, from the first site to the last.
+
+    A block of level k is the sum over $2^k$ neighbours that starts at a multiple of
+    $2^k$. Whether it was added here or elsewhere makes no difference to any bit.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, Tensor]] = []
+
+    def push(self, level: int, block: Tensor) -> None:
+        """Add the next block; its memory is used."""
+        pending = self._pending
+        pending.append((level, block))
         while len(pending) > 1 and pending[-1][0] == pending[-2][0]:
             level, right = pending.pop()
             _, left = pending.pop()
             pending.append((level + 1, left.add_(right)))
-    total = pending.pop()[1]
-    while pending:
-        total = pending.pop()[1].add_(total)
-    return total
+
+    def total(self) -> Tensor:
+        """Give the sum of all, float64."""
+        total = self._pending.pop()[1]
+        while self._pending:
+            total = self._pending.pop()[1].add_(total)
+        return total
+
+
+def whole_blocks(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Find the largest blocks of the tree whose sites all are at hand.
+
+    Args:
+        places: Ascending numbers of the sites at hand among all sites of the sum.
+
+    Returns:
+        (first place, level) of each block, ascending; together they are `places`.
+
+    Example:
+        >>> whole_blocks([1, 2, 3, 4, 5, 6, 7])
+        [(1, 0), (2, 1), (4, 2)]
+    """
+    blocks: list[tuple[int, int]] = []
+    at_hand = set(places)
+    number = 0
+    while number < len(places):
+        first, level = places[number], 0
+        while first % (2 << level) == 0 and all(
+            place in at_hand for place in range(first, first + (2 << level))
+        ):
+            level += 1
+        blocks.append((first, level))
+        number += 1 << level
+    return blocks
+
+
+def block_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum one whole block: $2^k$ rows (N,) of neighbours, to (N,) float64."""
+    out = torch.empty(len(rows[0]), dtype=torch.float64)
+    add_rows(out, rows, weights)
+    return out
 
 
 def _total_variance(

@@ -237,7 +237,8 @@ class Host:
         """The private value after the last answer that the server counts."""
         number, after = int(message.header["round"]), str(message.header["after"])
         if not after:
-            return self._store.committed(number - 1)
+            known = int(message.header.get("version", 0))
+            return self._store.committed(number - 1, at_least=known)
         staged = self._store.staged(after)
         if staged is None:
             raise SiteError(
@@ -249,9 +250,12 @@ class Host:
     def _end_round(self, message: Message) -> Metrics:
         number = int(message.header["round"])
         private = self._private(message)
-        if message.header["after"] and (private.states or private.facts):
-            self._store.commit(number, private)
         content = arguments(message)
+        files = bool(content.get("file", True))
+        if message.header["after"] and (private.states or private.facts):
+            self._store.commit(number, private, durable=files)
+        elif files:
+            self._store.file()
         rows = evaluate(
             self._bench,
             private,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedmed.message import Message
-from fedmed.transports.keeper import dense
+from fedmed.transports.keeper import dense, sent
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,17 @@ class Bundle:
 
     arrays: list[np.ndarray] = field(default_factory=list)
     _index: dict[int, Slot] = field(default_factory=dict)
-    _alive: list[torch.Tensor] = field(default_factory=list)
+    _tables: dict[int, Mapping[str, Slot]] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)
 
     def add(self, message: Message) -> Sheet:
         """Add a message's tensors and give the rest of it."""
-        slots = {name: self._slot(tensor) for name, tensor in message.tensors.items()}
-        return Sheet(message.kind, dict(message.header), slots)
+        tensors = message.tensors
+        if id(tensors) not in self._tables:
+            self._alive.append(tensors)
+            slots = {name: self._slot(tensor) for name, tensor in tensors.items()}
+            self._tables[id(tensors)] = slots
+        return Sheet(message.kind, sent(message.header), self._tables[id(tensors)])
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         if id(tensor) not in self._index:

@@ -10,6 +10,9 @@ from collections.abc import Collection
 
 from fedmed.message import Answer, Message, SiteId
 
+PROBATION = 3
+"""Answers that a suspect must give alone before it shares a message again."""
+
 Wave = dict[int, tuple[SiteId, ...]]
 """Worker -> the sites whose messages travel to it together."""
 
@@ -27,13 +30,12 @@ class Placement:
         self._num_workers = num_workers
         self._place = _even(self._order, num_workers)
         self._bound: set[SiteId] = set()
-        self._suspects: set[SiteId] = set()
+        self._suspects: dict[SiteId, int] = {}
 
     def waves(self, addressed: Collection[SiteId]) -> list[Wave]:
         """Give the sites that share a message: one group per worker and wave.
 
-        Suspects come last, each alone, when the others' answers are safely here. Who
-        answers alone is a suspect no longer.
+        Suspects come last, each alone, when the others' answers are safely here.
         """
         sites = [site for site in self._order if site in addressed]
         if not any(site in self._bound for site in sites):
@@ -53,7 +55,10 @@ class Placement:
     def note(self, site_id: SiteId, answer: Answer) -> None:
         """Note whether a site is bound to its worker from now on, and its innocence."""
         if isinstance(answer, Message):
-            self._suspects.discard(site_id)
+            if site_id in self._suspects:
+                self._suspects[site_id] -= 1
+                if not self._suspects[site_id]:
+                    del self._suspects[site_id]
             if not answer.header.get("keeps", True):
                 self._bound.discard(site_id)
                 return
@@ -61,7 +66,7 @@ class Placement:
 
     def suspect(self, site_ids: Collection[SiteId]) -> None:
         """Note that one of these sites ended their worker, or let it hang."""
-        self._suspects.update(site_ids)
+        self._suspects.update(dict.fromkeys(site_ids, PROBATION))
 
 
 def _even(sites: Collection[SiteId], num_workers: int) -> dict[SiteId, int]:

@@ -1,8 +1,9 @@
 """Many sites on the cores of one machine, or on a Ray cluster.
 
-A fixed number of Ray actors keeps the hospitals; each site is pinned to one actor and
-stays open there. All sites of an actor travel in one message, and a tensor that goes
-to several of them travels once. The only module that imports ray.
+A fixed number of Ray actors keeps the hospitals. All sites of an actor travel in one
+message, and a tensor that goes to several of them travels once. Long replies stay with
+their actors, which add them as far as they can: only partial sums travel. The only
+module that imports ray.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,20 @@ import numpy as np  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
 
-from fedmed.errors import FedMedError, UsageError  # noqa: E402
+from fedmed.errors import FedMedError, SiteError, UsageError  # noqa: E402
+from fedmed.flat import (  # noqa: E402
+    CHUNK,
+    FlatTensors,
+    Layout,
+    Section,
+    Slot,
+    pack,
+)
 from fedmed.message import Answer, Message, SiteFailure, SiteId, State  # noqa: E402
+from fedmed.reduce import Counter, block_sum, whole_blocks  # noqa: E402
 from fedmed.transports.keeper import HostKeeper, isolated  # noqa: E402
 from fedmed.transports.packing import Bundle, Sheet, own_tensors, unpack  # noqa: E402
+from fedmed.transports.placement import Placement, Wave  # noqa: E402
 from fedmed.transports.transport import (  # noqa: E402
     HostSpec,
     Transport,
@@ -60,13 +72,11 @@ CLOSE_GRACE_S = 10.0
 ENDS_WORKER = ("died", "timeout")
 """Failures after which an actor is replaced."""
 
+SHORT_REPLY = 1 << 20
+"""Bytes up to which a reply travels at once; a longer one waits to be added up."""
+
 SMALL_BYTES = 100_000
 """Up to this size Ray sends arguments with the call, without its object store."""
-
-Wave = dict[int, tuple[SiteId, ...]]
-"""Worker -> the sites whose messages travel to it together."""
-
-Packed = tuple[list[Sheet | SiteFailure], list[np.ndarray]]
 
 
 class Worker:
@@ -75,6 +85,7 @@ class Worker:
     def __init__(self, spec: HostSpec, durable: bool) -> None:
         torch.set_num_threads(spec.threads)
         self._keeper = HostKeeper(spec, durable=durable)
+        self._replies: dict[SiteId, FlatTensors] = {}
 
     def ready(self) -> None:
         """Return: the process has started."""
@@ -84,22 +95,166 @@ class Worker:
         jobs: Sequence[tuple[SiteId, Sheet]],
         shared: Sequence[np.ndarray],
         own: Sequence[np.ndarray],
-    ) -> Packed:
-        """Let some sites answer, one after another."""
+        reference: Sheet | None,
+    ) -> list[Parcel | SiteFailure]:
+        """Let some sites answer, one after another; long replies wait here."""
         tensors = own_tensors([*shared, *own])
-        bundle = Bundle()
-        replies: list[Sheet | SiteFailure] = []
+        origin = dict(unpack(reference, tensors).tensors) if reference else None
+        self._replies = {}
+        parcels: list[Parcel | SiteFailure] = []
         for site_id, sheet in jobs:
-            answer = self._keeper.answer(site_id, isolated(unpack(sheet, tensors)))
+            message = isolated(unpack(sheet, tensors))
+            answer = self._keeper.answer(site_id, message, reference=origin)
             if isinstance(answer, SiteFailure):
-                replies.append(answer)
+                parcels.append(answer)
             else:
-                replies.append(bundle.add(answer))
-        return replies, bundle.arrays
+                parcels.append(self._parcel(site_id, answer))
+        return parcels
+
+    def _parcel(self, site_id: SiteId, answer: Message) -> Parcel:
+        assert isinstance(answer.tensors, FlatTensors)
+        layout, content = answer.tensors.layout, None
+        if layout.num_bytes <= SHORT_REPLY:
+            content = answer.tensors.buffer.numpy()
+        else:
+            self._replies[site_id] = answer.tensors
+        return Parcel(answer.kind, answer.header, answer.norms, layout.slots, content)
+
+    def fetch(self, site_id: SiteId) -> np.ndarray:
+        """Give one reply that waits here."""
+        return self._replies[site_id].buffer.numpy()
+
+    def read(
+        self, site_ids: Sequence[SiteId], names: tuple[str, ...]
+    ) -> list[FlatTensorsAsArray]:
+        """Give some tensors of replies that wait here."""
+        found = []
+        for site in site_ids:
+            packed = pack({name: self._replies[site][name] for name in names})
+            found.append((packed.layout.slots, packed.buffer.numpy()))
+        return found
+
+    def partial_sums(
+        self, section: str, places: Mapping[SiteId, int], shares: Sequence[float]
+    ) -> list[list[Block]]:
+        """Add the replies that wait here as far as whole blocks of the tree go.
+
+        Args:
+            section: Which part of the replies.
+            places: Of the sites that are here, among all that take part.
+            shares: Weights of all that take part.
+
+        Returns:
+            The blocks of each run of the section.
+        """
+        by_place = {place: self._replies[site] for site, place in places.items()}
+        runs = next(iter(by_place.values())).layout.sections[section].runs
+        result = []
+        for run in runs:
+            rows = {p: run.read(flat.buffer) for p, flat in by_place.items()}
+            blocks: list[Block] = []
+            for first, level in whole_blocks(sorted(rows)):
+                inside = range(first, first + (1 << level))
+                parts = [rows[place] for place in inside]
+                if run.dtype.is_floating_point:
+                    total = block_sum(parts, [shares[place] for place in inside])
+                else:
+                    total = torch.stack(parts).amax(0)
+                blocks.append((first, level, total.numpy()))
+            result.append(blocks)
+        return result
 
     def close(self) -> None:
         """Close the hosts."""
         self._keeper.close()
+
+
+FlatTensorsAsArray = tuple[tuple[Slot, ...], np.ndarray]
+"""Slots of a layout, and the bytes."""
+
+Block = tuple[int, int, np.ndarray]
+"""First place and level of a block of the tree, and its sum."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A reply as an actor sends it.
+
+    Attributes:
+        kind: Of the message.
+        header: Of the message.
+        norms: Of the message.
+        slots: Of its layout.
+        content: The bytes; None: they wait at the actor.
+    """
+
+    kind: str
+    header: Mapping[str, Any]
+    norms: Mapping[str, float] | None
+    slots: tuple[Slot, ...]
+    content: np.ndarray | None
+
+
+class WaitingTensors(FlatTensors):
+    """A long reply that stays with its actor until somebody looks at it.
+
+    Args:
+        layout: Where each tensor lies.
+        site_id: Whose reply it is.
+        worker: The actor.
+        adder: The transport.
+    """
+
+    __slots__ = ("__weakref__", "_here", "site_id", "worker")
+
+    def __init__(
+        self, layout: Layout, site_id: SiteId, worker: Any, adder: RayTransport
+    ) -> None:
+        self.layout = layout
+        self.adder = adder
+        self.site_id = site_id
+        self.worker = worker
+        self._views = {}
+        self._here: torch.Tensor | None = None
+
+    @property
+    def buffer(self) -> torch.Tensor:  # type: ignore[override]
+        """The bytes; they travel when they are first asked for.
+
+        Raises:
+            SiteError: If the actor died since.
+        """
+        if self._here is None:
+            with lost_replies(self.site_id):
+                content = ray.get(self.worker.fetch.remote(self.site_id))
+            (self._here,) = own_tensors([content])
+            self.worker = None
+        return self._here
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still at its actor."""
+        return self._here is None
+
+    def keep(self, views: Mapping[str, torch.Tensor]) -> None:
+        """Take some tensors that came without the others."""
+        self._views.update(views)
+
+
+@contextlib.contextmanager
+def lost_replies(site_id: SiteId) -> Iterator[None]:
+    """Say in our words that an actor died with a reply that was not fetched.
+
+    Raises:
+        SiteError: In place of Ray's own error.
+    """
+    try:
+        yield
+    except ray.exceptions.RayError:
+        raise SiteError(
+            f"site {site_id}: its process died with a reply that was accepted",
+            hint="Go on with --resume.",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -146,7 +301,8 @@ class RayTransport(Transport):
         self._spec: HostSpec | None = None
         self._site_ids: tuple[SiteId, ...] = ()
         self._workers: list[Any] = []
-        self._suspicion: dict[SiteId, int] = {}
+        self._placement = Placement((), 1)
+        self._waiting: weakref.WeakSet[WaitingTensors] = weakref.WeakSet()
 
     def open(self, spec: HostSpec, site_ids: tuple[SiteId, ...]) -> None:
         """Start the cluster and the actors; hosts open at their first message."""
@@ -157,7 +313,7 @@ class RayTransport(Transport):
         self._cluster.enter_context(
             cluster(self._address, num_cpus=count * spec.threads, threads=spec.threads)
         )
-        self._suspicion = dict.fromkeys(self._site_ids, 0)
+        self._placement = Placement(self._site_ids, count)
         self._workers = [self._start_worker() for _ in range(count)]
         ready = [worker.ready.remote() for worker in self._workers]
         _, missing = ray.wait(ready, num_returns=count, timeout=START_S)
@@ -187,44 +343,89 @@ class RayTransport(Transport):
         reference: State | None = None,
     ) -> dict[SiteId, Answer]:
         """Send one message per actor, wait, and replace the actors that failed."""
-        del reference
         if self._spec is None:
             raise FedMedError("the transport is not open", hint="call open() first")
         check_addressed(messages, self._site_ids)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for reply in self._waiting:
+            _ = reply.buffer  # its actor is about to forget it
+        self._waiting.clear()
         answers: dict[SiteId, Answer] = {}
-        for wave in self._waves(messages):
-            for call in self._send(wave, messages):
+        for wave in self._placement.waves(messages):
+            # Each has its own time: a suspect that hangs costs the others nothing.
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            for call in self._send(wave, messages, reference):
                 outcome = collect(call, deadline)
                 if isinstance(outcome, SiteFailure):
                     if outcome.reason in ENDS_WORKER:
                         self._replace(call)
-                    outcome = [outcome] * len(call.site_ids)
-                answers.update(zip(call.site_ids, outcome, strict=True))
+                    answers.update(dict.fromkeys(call.site_ids, outcome))
+                else:
+                    answers.update(self._unpacked(call, outcome))
+        for site_id, answer in answers.items():
+            self._placement.note(site_id, answer)
         return {site_id: answers[site_id] for site_id in sorted(answers)}
 
-    def _waves(self, addressed: Iterable[SiteId]) -> list[Wave]:
-        """Give the sites that share a message: one group per worker and wave.
+    def _unpacked(
+        self, call: Call, parcels: Sequence[Parcel | SiteFailure]
+    ) -> dict[SiteId, Answer]:
+        answers: dict[SiteId, Answer] = {}
+        for site, parcel in zip(call.site_ids, parcels, strict=True):
+            if isinstance(parcel, SiteFailure):
+                answers[site] = parcel
+                continue
+            layout = Layout.interned(parcel.slots)
+            if parcel.content is None:
+                waiting = WaitingTensors(layout, site, self._workers[call.worker], self)
+                self._waiting.add(waiting)
+                tensors: FlatTensors = waiting
+            else:
+                tensors = FlatTensors(layout, own_tensors([parcel.content])[0])
+            answers[site] = Message(parcel.kind, parcel.header, tensors, parcel.norms)
+        return answers
 
-        Suspects come last, each alone, when the others' answers are safely here.
-        """
-        waves: list[Wave] = [{}]
-        for worker in range(len(self._workers)):
-            mine = [
-                s
-                for s in self._site_ids[worker :: len(self._workers)]
-                if s in addressed
-            ]
-            trusted = tuple(site for site in mine if not self._suspicion[site])
-            if trusted:
-                waves[0][worker] = trusted
-            suspects = [site for site in mine if self._suspicion[site]]
-            waves += [{} for _ in suspects[len(waves) - 1 :]]
-            for wave, site in zip(waves[1:], suspects, strict=False):
-                wave[worker] = (site,)
-        return waves
+    def mean(
+        self, section: Section, rows: Sequence[FlatTensors], shares: Sequence[float]
+    ) -> FlatTensors | None:
+        """Let the actors add what waits with them; only partial sums travel."""
+        waiting = [r for r in rows if isinstance(r, WaitingTensors) and r.waits]
+        if len(waiting) < len(rows):
+            return None
+        groups: dict[Any, dict[SiteId, int]] = {}
+        for place, row in enumerate(waiting):
+            groups.setdefault(row.worker, {})[row.site_id] = place
+        calls = [
+            worker.partial_sums.remote(section.name, places, list(shares))
+            for worker, places in groups.items()
+        ]
+        with lost_replies(", ".join(row.site_id for row in waiting)):
+            by_worker = ray.get(calls)
+        layout = section.alone
+        buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        for number, run in enumerate(layout.runs):
+            blocks = [block for found in by_worker for block in found[number]]
+            add_blocks(run.read(buffer), sorted(blocks, key=lambda block: block[0]))
+        return FlatTensors(layout, buffer)
 
-    def _send(self, wave: Wave, messages: Mapping[SiteId, Message]) -> list[Call]:
+    def bring(self, rows: Sequence[FlatTensors], names: tuple[str, ...]) -> None:
+        """Fetch some small tensors of replies that wait, one call per actor."""
+        groups: dict[Any, list[WaitingTensors]] = {}
+        for row in rows:
+            if isinstance(row, WaitingTensors) and row.waits:
+                groups.setdefault(row.worker, []).append(row)
+        calls = [
+            worker.read.remote([row.site_id for row in group], names)
+            for worker, group in groups.items()
+        ]
+        with lost_replies("some"):
+            found = ray.get(calls)
+        for group, arrived in zip(groups.values(), found, strict=True):
+            for row, (slots, content) in zip(group, arrived, strict=True):
+                (own,) = own_tensors([content])
+                row.keep(dict(FlatTensors(Layout.interned(slots), own)))
+
+    def _send(
+        self, wave: Wave, messages: Mapping[SiteId, Message], reference: State | None
+    ) -> list[Call]:
         """Send what every call needs once, and the rest with each call."""
         bundle = Bundle()
         sheets = {
@@ -232,27 +433,38 @@ class RayTransport(Transport):
             for group in wave.values()
             for site in group
         }
+        origin = None
+        if reference is not None:
+            origin = bundle.add(Message("reference", {}, reference))
+        every = set() if origin is None else {s.index for s in origin.slots.values()}
         needs = {
-            worker: {s.index for site in group for s in sheets[site].slots.values()}
+            worker: every.union(
+                *({s.index for s in sheets[site].slots.values()} for site in group)
+            )
             for worker, group in wave.items()
         }
         shared = sorted(set.intersection(*needs.values())) if needs else []
-        reference = stored([bundle.arrays[index] for index in shared])
+        stock = stored([bundle.arrays[index] for index in shared])
         calls = []
         for worker, group in wave.items():
             own = sorted(needs[worker].difference(shared))
             place = {index: k for k, index in enumerate([*shared, *own])}
-            jobs = [(site, sheets[site].moved(place)) for site in group]
+            moved = {id(sheets[s].slots): sheets[s].moved(place).slots for s in group}
+            jobs = [
+                (s, replace(sheets[s], slots=moved[id(sheets[s].slots)])) for s in group
+            ]
             reply = self._workers[worker].answer.remote(
-                jobs, reference, [bundle.arrays[index] for index in own]
+                jobs,
+                stock,
+                [bundle.arrays[index] for index in own],
+                origin.moved(place) if origin else None,
             )
             calls.append(Call(worker, group, reply))
         return calls
 
     def _replace(self, call: Call) -> None:
         """Replace the actor of a call that failed, and suspect that call's sites."""
-        for site_id in call.site_ids:
-            self._suspicion[site_id] += 1
+        self._placement.suspect(call.site_ids)
         logger.warning("replacing the process of: %s", ", ".join(call.site_ids))
         ray.kill(self._workers[call.worker], no_restart=True)
         self._workers[call.worker] = self._start_worker()
@@ -270,22 +482,35 @@ class RayTransport(Transport):
         self._spec = None
 
 
-def collect(call: Call, deadline: float | None) -> list[Answer] | SiteFailure:
+def collect(
+    call: Call, deadline: float | None
+) -> list[Parcel | SiteFailure] | SiteFailure:
     """Wait for the answers of one call."""
     left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
     try:
-        replies, arrays = ray.get(call.reply, timeout=left_s)
+        parcels: list[Parcel | SiteFailure] = ray.get(call.reply, timeout=left_s)
     except ray.exceptions.GetTimeoutError:
         return SiteFailure("timeout", "no answer in time; its process was ended")
     except ray.exceptions.RayTaskError as error:
         return SiteFailure("raised", f"its process raised {type(error.cause).__name__}")
     except ray.exceptions.RayError:
         return SiteFailure("died", "the process that plays this site died")
-    tensors = own_tensors(arrays)
-    return [
-        reply if isinstance(reply, SiteFailure) else unpack(reply, tensors)
-        for reply in replies
-    ]
+    return parcels
+
+
+def add_blocks(out: torch.Tensor, blocks: Sequence[Block]) -> None:
+    """Finish a sum from its blocks, or a maximum of whole numbers, chunk by chunk."""
+    # What the object store lends is read-only, and torch has no such tensors.
+    arrays = [array for _, _, array in blocks]
+    if not out.dtype.is_floating_point:
+        out.copy_(torch.from_numpy(np.max(arrays, axis=0)))
+        return
+    for start in range(0, len(out), CHUNK):
+        part = slice(start, start + CHUNK)
+        counter = Counter()
+        for (_, level, _), array in zip(blocks, arrays, strict=True):
+            counter.push(level, torch.from_numpy(array[part].copy()))
+        out[part].copy_(counter.total())
 
 
 def stored(arrays: list[np.ndarray]) -> Any:

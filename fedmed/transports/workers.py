@@ -275,6 +275,9 @@ class WorkersTransport(Transport):
         buffer = self._pool.allocate(section.alone.num_bytes)
         return mean_of_rows(section, rows, shares, buffer=buffer, add=self._add)
 
+    def bring(self, rows: Sequence[FlatTensors], names: tuple[str, ...]) -> None:
+        """Do nothing: replies are read in place."""
+
     def _add(self, out: Tensor, rows: list[Tensor], weights: list[float]) -> None:
         """Form a long sum with the help of all workers, a short one alone."""
         is_long = len(out) * len(rows) >= LONG_SUM and len(self._crew) > 1

@@ -35,7 +35,7 @@ def test_one_site_is_ordinary_training_with_the_optimiser_reset_each_round(tmp_p
     bench = runs.Ward(study).benches["b"]
     model = bench.model.train()
     for number in (1, 2, 3):
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
         for step in range(2):
             batch = bench.batch(number, step)
             optimizer.zero_grad()

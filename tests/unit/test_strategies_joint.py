@@ -26,7 +26,7 @@ def test_it_is_one_training_on_batches_of_all_sites(tmp_path, base):
     hospitals = runs.Ward(runs.make_study(base, "fedavg", train=ADAM)).benches
     bench = hospitals["a"]
     model = bench.model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
     for number in (1, 2, 3):
         for step in range(study.train.local_steps):
             batches = [h.batch(number, step) for _, h in sorted(hospitals.items())]

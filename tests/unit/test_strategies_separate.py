@@ -18,7 +18,7 @@ def ordinary_training(study, site):
     """A plain torch loop; one optimiser, from the first round to the last."""
     bench = runs.Ward(study).benches[site]
     model = bench.model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
     for number in range(1, study.rounds + 1):
         for step in range(study.train.local_steps):
             batch = bench.batch(number, step)
