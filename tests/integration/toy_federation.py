@@ -43,7 +43,7 @@ class ToyHost:
         noise = torch.randn(40, 30, generator=torch_rng(7, self.site_id))
         gradient = torch.tanh(weights @ noise.T) @ noise / 30
         self.momentum = self.momentum * 0.9 + gradient
-        weights -= 0.1 * self.momentum
+        weights = weights - 0.1 * self.momentum
         if self.file is not None:
             self.file.write_text(json.dumps(self.momentum.tolist()))
         return Message(

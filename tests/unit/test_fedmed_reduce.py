@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,11 +11,13 @@ from fedmed import reduce
 from fedmed.errors import SiteError, StateMismatchError
 from fedmed.partition import describe_state
 from fedmed.reduce import (
+    block_sum,
     merge_norm_statistics,
     merge_states,
     normalised_weights,
     tree_sum,
     weighted_mean,
+    whole_blocks,
 )
 
 SITES = ("a", "b", "c", "d", "e")
@@ -226,3 +229,63 @@ def test_a_variance_without_its_mean_is_refused():
 def test_weights_are_scaled_and_sorted():
     shares = normalised_weights({"b": {}, "a": {}}, {"b": 3.0, "a": 1.0})
     assert list(shares.items()) == [("a", 0.25), ("b", 0.75)]
+
+
+def sequential_tree(products):
+    """The tree level by level, as the module describes it."""
+    level = list(products)
+    while len(level) > 1:
+        pairs = [level[k] + level[k + 1] for k in range(0, len(level) - 1, 2)]
+        level = pairs + (level[-1:] if len(level) % 2 else [])
+    return level[0]
+
+
+def contiguous(count, rng):
+    cuts = sorted(rng.integers(0, count + 1, size=int(rng.integers(0, 5))))
+    bounds = [0, *(int(cut) for cut in cuts), count]
+    return [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+
+
+def scattered(count, rng):
+    owners = rng.integers(0, int(rng.integers(1, 5)), size=count)
+    return [[int(p) for p in np.flatnonzero(owners == o)] for o in set(owners)]
+
+
+@pytest.mark.parametrize("split", [contiguous, scattered])
+def test_blocks_added_elsewhere_change_no_bit(split):
+    rng = np.random.default_rng()
+    for count in range(1, 71):
+        scales = 10.0 ** rng.integers(-6, 7, size=(count, 1))
+        rows = [*torch.from_numpy(rng.normal(size=(count, 6)) * scales).float()]
+        weights = [float(w) for w in rng.random(count)]
+        blocks = {}
+        for part in split(count, rng):
+            found = whole_blocks(part)
+            covered = [p for first, n in found for p in range(first, first + 2**n)]
+            assert covered == part
+            for first, level in found:
+                places = slice(first, first + 2**level)
+                blocks[first] = level, block_sum(rows[places], weights[places])
+        counter = reduce.Counter()
+        for first in sorted(blocks):
+            counter.push(*blocks[first])
+        total = counter.total()
+        products = [r.double() * w for r, w in zip(rows, weights, strict=True)]
+        assert torch.equal(
+            total.view(torch.int64), sequential_tree(products).view(torch.int64)
+        ), f"{count} sites, {blocks.keys()}"
+        out = torch.empty(6)
+        reduce.add_rows(out, rows, weights)
+        assert torch.equal(out, total.float())
+
+
+def test_blocks_are_as_large_as_they_can_be():
+    assert whole_blocks([]) == []
+    assert whole_blocks(range(64)) == [(0, 6)]
+    assert whole_blocks(range(7)) == [(0, 2), (4, 1), (6, 0)]
+    assert whole_blocks([0, 2, 3, 5, 8, 9, 10, 11]) == [
+        (0, 0),
+        (2, 1),
+        (5, 0),
+        (8, 2),
+    ]
