@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from fedmed.errors import SiteError
-from fedmed.gate import Expectation, check_reply, screen, update_norms
+from fedmed.flat import pack
+from fedmed.gate import (
+    Expectation,
+    Yardstick,
+    check_reply,
+    measure,
+    screen,
+    update_norms,
+)
 from fedmed.message import Message
 from fedmed.payload import (
     ClassStatistic,
@@ -232,3 +240,113 @@ def test_whatever_is_accepted_becomes_a_payload() -> None:
     payload = from_message(accepted["a"])
     assert isinstance(payload, Weights)
     assert payload.state["bn.num_batches_tracked"].dtype == torch.int64
+
+
+def flat(message: Message, *, measured: bool = False) -> Message:
+    """The same reply, packed; with its norms if they came with it."""
+    packed = dataclasses.replace(message, tensors=pack(message.tensors))
+    if not measured:
+        return packed
+    return dataclasses.replace(packed, norms=measure(packed, Yardstick(REFERENCE)))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("name", POISON)
+def test_packed_replies_are_refused_for_the_same_reasons(
+    name: str, measured: bool
+) -> None:
+    message, reason = POISON[name]
+    good = {
+        site: flat(weights(seed), measured=measured)
+        for seed, site in ((1, "a"), (3, "c"), (4, "d"))
+    }
+    accepted, refused = screen(
+        {**good, "b": flat(message, measured=measured)}, EXPECTATION
+    )
+    assert accepted == good
+    assert list(refused) == ["b"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(refused["b"])
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_a_mixture_of_packed_and_plain_replies_is_screened_alike(name: str) -> None:
+    good = {"a": flat(weights(1)), "c": weights(3), "d": flat(weights(4))}
+    for bad in (POISON[name][0], flat(POISON[name][0])):
+        accepted, refused = screen({**good, "b": bad}, EXPECTATION)
+        assert accepted == good
+        assert list(refused) == ["b"]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_squares_out_of_range_are_not_taken_for_infinity(measured: bool) -> None:
+    """Every number is finite, so an update that all sites make is one."""
+    huge = {
+        site: flat(weights(seed, w=torch.full((4, 3), 3e38)), measured=measured)
+        for seed, site in enumerate("abcd")
+    }
+    check_reply(huge["a"], EXPECTATION, site_id="a")
+    assert screen(huge, EXPECTATION) == (huge, {})
+    bounded = dataclasses.replace(EXPECTATION, max_norm=1e30)
+    with pytest.raises(SiteError, match=r"norm \(state\)"):
+        check_reply(huge["a"], bounded, site_id="a")
+
+
+def half(scale: float, seed: int, dtype: torch.dtype) -> Message:
+    rng = torch.Generator().manual_seed(seed)
+    update = scale * torch.randn(200_000, generator=rng)
+    state = {"w": (update + 1).to(dtype)}
+    return flat(to_message(Weights(num_examples=1, state=state)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_layers_of_low_precision_are_measured_rightly(dtype: torch.dtype) -> None:
+    reference = {"w": torch.ones(200_000, dtype=dtype)}
+    expectation = Expectation(reference, dict.fromkeys("abc", 5), norm_factor=100.0)
+    replies = {"a": half(0.5, 1, dtype), "b": half(0.5, 2, dtype)}
+    assert screen({**replies, "c": half(4.0, 3, dtype)}, expectation)[1] == {}
+    for message in replies.values():
+        moved = message.tensors["state/w"].double().numpy() - 1
+        expected = np.linalg.norm(moved)
+        found = update_norms(message, expectation)["state"]
+        assert found == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", [Weights, Gradient])
+def test_packed_and_plain_replies_have_the_same_norms(kind: type[Any]) -> None:
+    rng = torch.Generator().manual_seed(8)
+    state = {name: torch.randn(t.shape, generator=rng) for name, t in REFERENCE.items()}
+    state["bn.num_batches_tracked"] = torch.tensor(3)
+    extra = {"buffers": {"b": torch.full((3,), 9.0)}}
+    if kind is Weights:
+        extra = {"extra": {"control": {"w": torch.randn(4, 3, generator=rng)}}}
+    message = to_message(kind(num_examples=3, state=state, **extra))
+    found = update_norms(flat(message), EXPECTATION)
+    expected = update_norms(message, EXPECTATION)
+    assert found.keys() == expected.keys()
+    for section, norm in expected.items():
+        assert found[section] == pytest.approx(norm, rel=1e-6), section
+
+
+def test_norms_of_another_layout_do_not_stand_in_for_a_look() -> None:
+    """A reply that cannot be measured is checked number by number."""
+    strange = dataclasses.replace(weights(2), tensors={"state/w": torch.ones(7)})
+    found = measure(flat(strange), Yardstick(REFERENCE))
+    assert math.isnan(found["state"])
+    unknown = dataclasses.replace(weights(2), tensors={"state/new": torch.ones(3)})
+    assert math.isnan(measure(flat(unknown), Yardstick(REFERENCE))["state"])
+
+
+def test_the_result_for_packed_replies_does_not_depend_on_their_order() -> None:
+    replies = {
+        "a": flat(weights(1)),
+        "b": flat(weights(w=poisoned(math.nan))),
+        "c": flat(weights(3)),
+        "d": flat(without("state/b")),
+    }
+    results = [
+        screen(dict(order), EXPECTATION)
+        for order in itertools.permutations(replies.items())
+    ]
+    assert all(list(a) == ["a", "c"] for a, _ in results)
+    assert all(refused == results[0][1] for _, refused in results)
