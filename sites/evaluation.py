@@ -136,7 +136,7 @@ def _score_all(
     result has its place, so neither their number nor their pace changes a row.
     """
     found: list[Scored] = [([], None)] * len(views)
-    helpers = min(torch.get_num_threads() - 1, MAX_HELPERS)
+    helpers = num_helpers(bench.trainer.device)
     with contextlib.ExitStack() as stack:
         if helpers:
             pool = stack.enter_context(ThreadPoolExecutor(helpers))
@@ -154,6 +154,19 @@ def _score_all(
         for numbers, job in waiting:
             _collect(numbers, job, found)
     return found
+
+
+def num_helpers(device: str) -> int:
+    """Give how many threads score beside the network.
+
+    Args:
+        device: Where the network computes. Elsewhere than on the CPU, the core of this
+            process waits meanwhile, so one is always free.
+    """
+    free = torch.get_num_threads() - 1
+    if not device.startswith("cpu"):
+        free = max(free, 1)
+    return min(free, MAX_HELPERS)
 
 
 def _at_once(

@@ -15,7 +15,7 @@ from fedmed.strategy import Private
 from fedmed.study import study_from_dict
 from fedmed.training.predict import predict_case
 from sites.context import Workbench
-from sites.evaluation import COLUMNS, evaluate
+from sites.evaluation import COLUMNS, evaluate, num_helpers
 
 SPLITS = ("train", "validation", "test")
 CONTENT = {
@@ -130,6 +130,15 @@ def test_what_goes_wrong_in_a_helper_thread_is_raised(cache, monkeypatch, cores)
     weights["head.bias"] = weights["head.bias"] * float("nan")
     with pytest.raises(FedMedError, match="not finite"):
         evaluate(bench, Private(), weights=weights, splits=SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("cores", "device", "expected"),
+    [(1, "cpu", 0), (2, "cpu", 1), (64, "cpu", 4), (1, "cuda", 1), (3, "cuda:1", 2)],
+)
+def test_only_free_cores_help(monkeypatch, cores, device, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert num_helpers(device) == expected
 
 
 def test_pictures_are_of_the_last_split_and_bear_the_name_outside(cache, tmp_path):
