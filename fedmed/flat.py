@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -200,9 +200,12 @@ class FlatTensors(Mapping[str, Tensor]):
         layout: Where each lies.
         buffer: (num_bytes,) of uint8; it may hold more behind them.
         adder: Who can add such buffers faster than this process alone.
+
+    Attributes:
+        squares: Sums of squares of the runs that were measured when they were packed.
     """
 
-    __slots__ = ("_views", "adder", "buffer", "layout")
+    __slots__ = ("_views", "adder", "buffer", "layout", "squares")
 
     def __init__(
         self, layout: Layout, buffer: Tensor, adder: Adder | None = None
@@ -210,6 +213,7 @@ class FlatTensors(Mapping[str, Tensor]):
         self.layout = layout
         self.buffer = buffer
         self.adder = adder
+        self.squares: dict[Run, float] = {}
         self._views: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -239,23 +243,41 @@ class FlatTensors(Mapping[str, Tensor]):
         return {name: self[slot.name] for name, slot in found.slots.items()}
 
 
-def pack(tensors: Mapping[str, Tensor], buffer: Tensor | None = None) -> FlatTensors:
+Origin = Callable[[Run], "Tensor | None"]
+"""Gives what a run is measured from, (numel,), or None for zero."""
+
+
+def pack(
+    tensors: Mapping[str, Tensor],
+    buffer: Tensor | None = None,
+    *,
+    origin: Origin | None = None,
+) -> FlatTensors:
     """Copy tensors side by side.
 
     Args:
         tensors: Of any shapes, dtypes, devices and strides.
         buffer: Where to; at least `Layout.of(tensors).num_bytes` of uint8.
+        origin: Measure the floating runs too, while they are at hand.
 
     Returns:
-        The copies: dense, row-major, on the CPU.
+        The copies: dense, row-major, on the CPU; with their `squares` if measured.
     """
     layout = Layout.of(tensors)
     if buffer is None:
         buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    packed = FlatTensors(layout, buffer)
     with torch.no_grad():
         for run in layout.runs:
-            _fill(run.read(buffer), [tensors[name] for name in run.names])
-    return FlatTensors(layout, buffer)
+            target = run.read(buffer)
+            measured = origin is not None and run.dtype.is_floating_point
+            start = origin(run) if measured and origin else None
+            squares = _fill(
+                target, [tensors[name] for name in run.names], start, measured
+            )
+            if measured:
+                packed.squares[run] = squares
+    return packed
 
 
 def lazy_clone(tensor: Tensor) -> Tensor:
@@ -319,17 +341,30 @@ def run_of(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
     return first.as_strided((total,), (1,), first.storage_offset())
 
 
-def _fill(run: Tensor, tensors: list[Tensor]) -> None:
+def _fill(
+    run: Tensor, tensors: list[Tensor], origin: Tensor | None, measured: bool
+) -> float:
+    """Fill a run; give its sum of squares if it is to be measured."""
     tensors = [tensor.detach() for tensor in tensors]
-    small = len(run) <= CHUNK
-    if small and all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
+    if origin is not None and origin.numel() != run.numel():
+        origin = None  # its names or shapes are wrong, which the gate will say
+    plain = all(t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+    if plain and len(run) <= CHUNK:
         torch.cat([tensor.view(-1) for tensor in tensors], out=run)
-        return
-    start = 0
+        return sum_of_squares(run, origin) if measured else 0.0
+    total, start = 0.0, 0
     for tensor in tensors:
-        target = run[start : start + tensor.numel()]
-        target.view(tensor.shape).copy_(tensor, non_blocking=False)
-        start += tensor.numel()
+        # A chunk is measured while it lies in the processor's own cache.
+        parts = torch.split(tensor.view(-1), CHUNK) if plain else [tensor]
+        for part in parts:
+            end = start + part.numel()
+            target = run[start:end]
+            target.view(part.shape).copy_(part)
+            if measured:
+                own = None if origin is None else origin[start:end]
+                total += sum_of_squares(target, own)
+            start = end
+    return total
 
 
 def _kind(slot: Slot) -> tuple[str, torch.dtype]:

@@ -30,6 +30,8 @@ MODEL_KINDS = frozenset({"Weights", "Gradient"})
 _RAGGED_KINDS = frozenset({"Embedding", "AmplitudeStatistic"})
 _SECTIONS = frozenset({"state", "buffers", "extra"})
 _STATISTICS = "buffers"
+_MEASURED_FROM = ("Weights", "state")
+"""Kind and section whose numbers are values, not differences."""
 _NAMED_IN_REASON = 3
 
 
@@ -133,8 +135,11 @@ class Yardstick:
         self.reference = reference
         self._runs: dict[Run, torch.Tensor | None] = {}
 
-    def run(self, run: Run) -> torch.Tensor | None:
-        """The entries of one run, in its order; None if they are not the server's."""
+    def origin(self, kind: str, run: Run) -> torch.Tensor | None:
+        """What a run is measured from; None for zero, or if its names are wrong."""
+        return self._run(run) if (kind, run.section) == _MEASURED_FROM else None
+
+    def _run(self, run: Run) -> torch.Tensor | None:
         if run not in self._runs:
             names = tuple(section_of(name)[1] for name in run.names)
             fits = all(name in self.reference for name in names)
@@ -163,7 +168,7 @@ def measure(message: Message, yardstick: Yardstick) -> dict[str, float]:
         if not tensor.is_floating_point():
             continue
         update = tensor.double()
-        if (message.kind, section) == ("Weights", "state"):
+        if (message.kind, section) == _MEASURED_FROM:
             update = update - yardstick.reference[entry].double()
         norm = torch.linalg.vector_norm(update)
         parts.setdefault(section, []).append(float(norm))
@@ -177,11 +182,12 @@ def _measure_runs(
     for run in tensors.layout.runs:
         if not run.dtype.is_floating_point:
             continue
-        by_origin = (kind, run.section) == ("Weights", "state")
-        origin = yardstick.run(run) if by_origin else None
-        if by_origin and origin is None:
+        origin = yardstick.origin(kind, run)
+        if origin is None and (kind, run.section) == _MEASURED_FROM:
             return {run.section: math.nan}  # names or shapes are wrong, see `_check`
-        found = sum_of_squares(run.read(tensors.buffer), origin)
+        found = tensors.squares.get(run)
+        if found is None:
+            found = sum_of_squares(run.read(tensors.buffer), origin)
         squares[run.section] = squares.get(run.section, 0.0) + found
     return {section: math.sqrt(total) for section, total in squares.items()}
 

@@ -171,7 +171,7 @@ class ExampleIndex:
             slice with `UNKNOWN_LABEL`.
         """
         positions = range(step * batch_size, (step + 1) * batch_size)
-        chosen = [self._example(seed, position) for position in positions]
+        chosen = self._chosen(seed, positions)
         if self.mode == "row":
             return self._rows(chosen)
         seeds = [derive(seed, "example", position) for position in positions]
@@ -190,16 +190,25 @@ class ExampleIndex:
             labels = pad_alike(labels, value=UNKNOWN_LABEL)
         return Batch(torch.stack(images), torch.stack(labels).to(torch.int64))
 
-    def _example(self, seed: int, position: int) -> int:
-        """Number of the example at a position of a stream."""
-        epoch, place = divmod(position, len(self))
+    def _chosen(self, seed: int, positions: range) -> list[int]:
+        """Numbers of the examples at some neighbouring positions of a stream."""
+        chosen: list[int] = []
+        while len(chosen) < len(positions):
+            epoch, place = divmod(positions[len(chosen)], len(self))
+            missing = len(positions) - len(chosen)
+            order = self._order(seed, epoch)
+            chosen += order.numbers[place : place + missing].tolist()
+        return chosen
+
+    def _order(self, seed: int, epoch: int) -> _Order:
+        """The order of the examples in one epoch of a stream."""
         for order in self._orders:
             if (order.seed, order.epoch) == (seed, epoch):
-                return int(order.numbers[place])
+                return order
         numbers = numpy_rng(seed, "order", epoch).permutation(len(self))
         # A batch may lie across two epochs, and no other is asked for soon.
         self._orders = (_Order(seed, epoch, numbers), *self._orders[:1])
-        return int(numbers[place])
+        return self._orders[0]
 
     def _rows(self, chosen: Sequence[int]) -> Batch:
         if self._table is None:

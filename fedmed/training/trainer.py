@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -79,7 +80,7 @@ class Trainer:
         Raises:
             SiteError: If the loss is not finite.
         """
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = trainable(model)
         _forget_gradients(named)
         loss = self.forward(model, batch)
         value = float(loss.detach())
@@ -107,7 +108,7 @@ class Trainer:
             penalty: Added to every step's loss (a proximal term).
             correction: Added to the gradient of the named parameters.
         """
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = trainable(model)
         memory = memory_like(memory or {}, named)
         losses = []
         for batch in batches:
@@ -151,6 +152,22 @@ class Trainer:
                 f"site {self.site_id}: the training loss became {loss}",
                 hint="Lower train.optimizer.lr, or set train.clip_norm.",
             )
+
+
+_PARAMETERS: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that want a gradient, by name.
+
+    A network's list of parameters is made once: walking through its modules costs as
+    much as a step of a small network.
+    """
+    if model not in _PARAMETERS:
+        _PARAMETERS[model] = dict(model.named_parameters())
+    return {n: p for n, p in _PARAMETERS[model].items() if p.requires_grad}
 
 
 def _forget_gradients(named: Mapping[str, nn.Parameter]) -> None:

@@ -24,6 +24,9 @@ from fedmed.transports.transport import Host, HostSpec
 
 logger = logging.getLogger(__name__)
 
+PackInto = Callable[..., FlatTensors]
+"""Packs a reply somewhere; called as `fedmed.flat.pack` without a buffer."""
+
 
 class HostKeeper:
     """The open hosts of one process.
@@ -46,7 +49,7 @@ class HostKeeper:
         message: Message,
         *,
         reference: State | None = None,
-        pack_into: Callable[[Mapping[str, torch.Tensor]], FlatTensors] = pack,
+        pack_into: PackInto = pack,
     ) -> Answer:
         """Let one site answer; its host is opened at its first message.
 
@@ -65,20 +68,30 @@ class HostKeeper:
         try:
             with fixed_threads(self.spec.threads):
                 reply = self._host(site_id).handle(message)
-                packed = Message(
-                    reply.kind, sent(reply.header), pack_into(reply.tensors)
-                )
+                header = sent(reply.header)
+                if reference is None:
+                    packed = Message(reply.kind, header, pack_into(reply.tensors))
+                else:
+                    packed = self._measured(reply, header, reference, pack_into)
                 _require_unchanged(message, before)
-            if reference is None:
-                return packed
-            return Message(
-                packed.kind,
-                packed.header,
-                packed.tensors,
-                measure(packed, self._yardstick_of(reference)),
-            )
+            return packed
         except (Exception, SystemExit) as error:
             return describe_failure(self._hosts.get(site_id), error)
+
+    def _measured(
+        self,
+        reply: Message,
+        header: Mapping[str, Any],
+        reference: State,
+        pack_into: PackInto,
+    ) -> Message:
+        """Pack a reply and measure it while it is at hand."""
+        yardstick, kind = self._yardstick_of(reference), reply.kind
+        tensors = pack_into(
+            reply.tensors, origin=lambda run: yardstick.origin(kind, run)
+        )
+        norms = measure(Message(kind, header, tensors), yardstick)
+        return Message(kind, header, tensors, norms)
 
     def _yardstick_of(self, reference: State) -> Yardstick:
         """One yardstick for all replies of an exchange."""

@@ -1,17 +1,22 @@
 """Which worker plays which sites, exchange by exchange.
 
 Sites in sorted order are cut into runs of neighbours, one per worker. A site that
-keeps something in the memory of its worker stays there; others move as the load asks.
+keeps something in the memory of its worker stays there; others may move.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection
 
 from fedmed.message import Answer, Message, SiteId
 
 PROBATION = 3
 """Answers that a suspect must give alone before it shares a message again."""
+
+UNEVEN = 1.25
+"""How many times its fair share a worker may get before sites move."""
 
 Wave = dict[int, tuple[SiteId, ...]]
 """Worker -> the sites whose messages travel to it together."""
@@ -38,8 +43,7 @@ class Placement:
         Suspects come last, each alone, when the others' answers are safely here.
         """
         sites = [site for site in self._order if site in addressed]
-        if not any(site in self._bound for site in sites):
-            self._place.update(_even(sites, self._num_workers))
+        self._balance(sites)
         waves: list[Wave] = [{}]
         for worker in range(self._num_workers):
             mine = [site for site in sites if self._place[site] == worker]
@@ -51,6 +55,17 @@ class Placement:
             for wave, site in zip(waves[1:], suspects, strict=False):
                 wave[worker] = (site,)
         return waves
+
+    def _balance(self, sites: list[SiteId]) -> None:
+        """Move sites where some workers would wait long for others.
+
+        Not for little: a site that moves is opened anew.
+        """
+        loads = Counter(self._place[site] for site in sites)
+        fair = math.ceil(len(sites) / self._num_workers)
+        is_uneven = max(loads.values(), default=0) > UNEVEN * fair
+        if is_uneven and not any(site in self._bound for site in sites):
+            self._place.update(_even(sites, self._num_workers))
 
     def note(self, site_id: SiteId, answer: Answer) -> None:
         """Note whether a site is bound to its worker from now on, and its innocence."""

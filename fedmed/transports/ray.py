@@ -214,6 +214,7 @@ class WaitingTensors(FlatTensors):
         self.adder = adder
         self.site_id = site_id
         self.worker = worker
+        self.squares = {}
         self._views = {}
         self._here: torch.Tensor | None = None
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmed.flat import FlatTensors, Layout, Slot, pack
+from fedmed.flat import FlatTensors, Layout, Origin, Slot, pack
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.reduce import add_rows
 from fedmed.transports.arena import Pool, Segment
@@ -282,7 +282,9 @@ class Tray:
         self.used: list[int] = []
         self.last = (0, 0)
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> FlatTensors:
+    def pack(
+        self, tensors: Mapping[str, Tensor], *, origin: Origin | None = None
+    ) -> FlatTensors:
         """Pack one reply, behind the one before."""
         size = Layout.of(tensors).num_bytes
         if self._segment is None or self._end + size > self._segment.size:
@@ -293,7 +295,8 @@ class Tray:
             self._end = 0
         self.last = (self._segment.number, self._end)
         self._left -= 1
-        packed = pack(tensors, self._whole[self._end : self._end + size])
+        room = self._whole[self._end : self._end + size]
+        packed = pack(tensors, room, origin=origin)
         self._end += size
         return packed
 
