@@ -1,8 +1,8 @@
 """The same study over every transport gives the same model, bit for bit.
 
 On real MRI of two hospitals, with a method that keeps private state: in this process,
-on Ray, in Flower's simulation and in a deployment of SuperLink and SuperNodes with TLS
-and node authentication on the loopback interface.
+in workers, on Ray, in Flower's simulation and in a deployment of SuperLink and
+SuperNodes with TLS and node authentication on the loopback interface.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("transport", "options"),
     [
+        ("workers", ("transport.num_workers=2",)),
         ("ray", ("transport.num_workers=2",)),
         ("flower", ()),
         ("deployment", ("transport.tls=true",)),

@@ -97,10 +97,14 @@ def test_headers_arrive_as_in_process(transport: WorkersTransport) -> None:
     message = Message("echo", header, {"z": torch.ones(1), "a": torch.ones(1)})
     with InProcessTransport() as reference:
         reference.open(SPEC, SITES)
-        expected = toy.expect_reply(reference.exchange({"site3": message})["site3"])
-    found = toy.expect_reply(transport.exchange({"site3": message})["site3"])
-    assert repr(dict(found.header)) == repr(dict(expected.header))
-    assert list(found.tensors) == list(expected.tensors)
+        expected = reference.exchange(dict.fromkeys(SITES, message))
+    found = transport.exchange(dict.fromkeys(SITES, message))
+    for site in SITES:
+        ours, theirs = (
+            toy.expect_reply(answers[site]) for answers in (found, expected)
+        )
+        assert repr(dict(ours.header)) == repr(dict(theirs.header))
+        assert list(ours.tensors) == list(theirs.tensors)
 
 
 def test_sent_and_received_tensors_are_separate(transport: WorkersTransport) -> None:

@@ -38,8 +38,16 @@ class ToyHost:
     def handle(self, message: Message) -> Message:
         if message.kind == "echo":
             return message
-        misbehave(message.header.get("misbehave", {}).get(self.site_id, ""))
+        if message.kind == "large":
+            numbers = torch.randn(
+                message.header["numel"], generator=torch_rng(5, self.site_id)
+            )
+            return Message("Weights", {"num_examples": 1}, {"state/w": numbers})
+        how = message.header.get("misbehave", {}).get(self.site_id, "")
+        misbehave(how)
         weights = message.tensors["weights"]
+        if how == "write":
+            weights.fill_(99.0)
         noise = torch.randn(40, 30, generator=torch_rng(7, self.site_id))
         gradient = torch.tanh(weights @ noise.T) @ noise / 30
         self.momentum = self.momentum * 0.9 + gradient
@@ -68,6 +76,8 @@ def misbehave(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "hang":
         time.sleep(3600)
+    if how == "slow":
+        time.sleep(1.5)
     if how == "foreign":
         raise FileNotFoundError("/data/DOE_JANE/scan.nii.gz")
     if how == "policy":

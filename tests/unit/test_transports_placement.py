@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedmed.message import Message, SiteFailure
-from fedmed.transports.placement import Placement, Wave
+from fedmed.transports.placement import PROBATION, Placement, Wave
 
 DIED = SiteFailure("died", "")
 
@@ -99,14 +99,27 @@ def test_suspects_alone_leave_an_empty_first_wave_that_asks_nobody() -> None:
     assert [wave for wave in waves if wave] == [{0: ("site000",)}, {0: ("site001",)}]
 
 
-def test_an_answer_clears_a_suspect_and_a_failure_does_not() -> None:
+def test_answers_clear_a_suspect_and_a_failure_does_not() -> None:
     sites = names(3)
     placement = Placement(sites, 1)
     placement.suspect(sites)
-    placement.note(sites[0], reply())
-    placement.note(sites[1], reply(keeps=False))
-    placement.note(sites[2], DIED)
+    for number in range(PROBATION):
+        assert [w for w in placement.waves(sites) if w] == [{0: (s,)} for s in sites]
+        placement.note(sites[0], reply())
+        placement.note(sites[1], reply(keeps=bool(number % 2)))
+        placement.note(sites[2], DIED)
     assert placement.waves(sites) == [{0: sites[:2]}, {0: sites[2:]}]
+
+
+def test_a_new_suspicion_starts_the_probation_anew() -> None:
+    sites = names(2)
+    placement = Placement(sites, 1)
+    placement.suspect(sites[:1])
+    for _ in range(PROBATION - 1):
+        placement.note(sites[0], reply())
+    placement.suspect(sites[:1])
+    placement.note(sites[0], reply())
+    assert placement.waves(sites) == [{0: sites[1:]}, {0: sites[:1]}]
 
 
 def test_only_the_addressed_are_asked() -> None:
