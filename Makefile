@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 export FLWR_TELEMETRY_ENABLED=0
 export FLWR_DISABLE_UPDATE_CHECK=1
 export RAY_USAGE_STATS_ENABLED=0
+# Options of the benchmarks, as in: make bench BENCH="--only W2,W3"
+BENCH ?=
 # Two workers fit the smallest machine; Flower's and Ray's tests start processes too.
 JOBS ?= 2
 
@@ -50,7 +52,14 @@ integration: $(STAMP) ## Only the tests of the whole.
 fab: $(STAMP) ## Build the Flower bundle and check what is in it.
 	rm -f *.fab && $(BIN)/flwr build && $(BIN)/python deploy/check_bundle.py *.fab
 
+bench: $(STAMP) ## Measure speed beside bare PyTorch; writes benchmarks/results.md.
+	$(BIN)/python -m benchmarks.bench $(BENCH)
+
+bench-peers: $(STAMP) ## Measure other frameworks beside bare PyTorch.
+	$(BIN)/python benchmarks/peers/compare.py $(BENCH)
+
 clean: ## Remove the environment and run folders.
 	rm -rf $(VENV) runs dist build *.fab
 
-.PHONY: help setup demo test check format golden integration fab clean
+.PHONY: help setup demo test check format golden integration fab bench \
+  bench-peers clean

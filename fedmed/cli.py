@@ -177,7 +177,7 @@ def run(  # noqa: PLR0917
     overrides: Overrides = None,
     transport: Annotated[
         str | None,
-        typer.Option(help="inprocess, ray, flower or deployment."),
+        typer.Option(help="inprocess, workers, ray, flower or deployment."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
     resume: Annotated[
