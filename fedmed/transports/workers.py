@@ -9,6 +9,7 @@ formed by all workers together, column by column. Nothing is polled.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -84,7 +85,8 @@ class WorkersTransport(Transport):
     """Worker processes that keep their hospitals between messages.
 
     Args:
-        num_workers: Processes; None: one per core, never more than sites.
+        num_workers: Processes, never more than sites; None: as many of the cores as
+            shorten a round: three for six sites on four cores.
         durable: Let hosts write their state through to disk after each message; see
             `HostSpec.open`.
 
@@ -101,7 +103,7 @@ class WorkersTransport(Transport):
     ) -> None:
         if num_workers is not None and num_workers < 1:
             raise UsageError(f"num_workers is {num_workers}, expected at least 1")
-        self._num_workers = num_workers or os.cpu_count() or 1
+        self._num_workers = num_workers
         self._durable = durable
         self._spec: HostSpec | None = None
         self._site_ids: tuple[SiteId, ...] = ()
@@ -116,7 +118,7 @@ class WorkersTransport(Transport):
         spec.prepare()
         self._spec = spec
         self._site_ids = tuple(sorted(site_ids))
-        count = max(1, min(self._num_workers, len(site_ids)))
+        count = num_useful(len(site_ids), self._num_workers)
         self._placement = Placement(self._site_ids, count)
         for _ in range(count):
             self._crew.append(self._hire())
@@ -336,6 +338,19 @@ class WorkersTransport(Transport):
         self._pool.close()
         self._pool = Pool()
         self._spec = None
+
+
+def num_useful(num_sites: int, asked: int | None) -> int:
+    """How many workers to start.
+
+    Example:
+        >>> num_useful(6, 4), num_useful(2, 4)
+        (4, 2)
+    """
+    if asked is not None:
+        return max(1, min(asked, num_sites))
+    rounds = math.ceil(num_sites / (os.cpu_count() or 1))
+    return max(1, math.ceil(num_sites / max(1, rounds)))
 
 
 def end(member: Crewman, *, at_once: bool) -> None:
