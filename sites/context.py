@@ -25,6 +25,7 @@ from fedmed.study import Study
 from fedmed.task import Task, build_model, build_trainer, resolve_device
 from fedmed.training.augment import Augmentation
 from fedmed.training.examples import Batch, ExampleIndex
+from fedmed.training.prefetch import available_cores, prefetched
 from fedmed.training.trainer import Trainer
 from sites.data import SiteData, SiteList, divided_by_slices
 
@@ -242,6 +243,14 @@ class Workbench:
         return sum(len(index) for index in self.indices)
 
     @functools.cached_property
+    def num_processes(self) -> int:
+        """Processes that share the cores of this machine, as far as the study says."""
+        section = self.study.transport
+        if section.name in {"inprocess", "deployment"}:
+            return 1
+        return int(section.options.get("num_workers") or available_cores())
+
+    @functools.cached_property
     def steps(self) -> int:
         """Local steps per round."""
         train = self.study.train
@@ -366,8 +375,12 @@ class HospitalContext:
 
     def batches(self, first: int, count: int) -> Iterator[Batch]:
         """Draw training batches number `first`... of this round."""
-        for step in range(first, first + count):
-            yield self._bench.batch(self.round, step)
+        yield from prefetched(
+            lambda step: self._bench.batch(self.round, step),
+            first,
+            count,
+            processes=self._bench.num_processes,
+        )
 
     def shared_of(self, model: nn.Module) -> State:
         """Copy the shared entries out of the network."""
