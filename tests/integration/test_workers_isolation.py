@@ -325,9 +325,9 @@ from fedmed.message import Message
 from fedmed.transports.transport import HostSpec
 from fedmed.transports.workers import WorkersTransport
 
-signal.signal(signal.SIGINT, lambda *_: None)
 transport = WorkersTransport(num_workers=2)
 transport.open(HostSpec("toy_federation:open_host", {{}}), ("a", "b"))
+signal.signal(signal.SIGINT, lambda *_: None)  # the workers have their own
 
 def exchange(**misbehave):
     header = {{"round": 1, "misbehave": misbehave}}
