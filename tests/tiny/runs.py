@@ -7,7 +7,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from fedmed.checkpoint import Checkpoints
+from fedmed.flat import pack
+from fedmed.gate import Yardstick, measure
 from fedmed.message import Answer, Message, SiteFailure, SiteId, State
 from fedmed.run import Silence, drive, fresh_server, run_study, transport_sites
 from fedmed.runfolder import RunFolder
@@ -209,10 +211,20 @@ class Faulty(InProcessTransport):
         if self.fault == "silent":
             answers[self.site] = SiteFailure("timeout", "no answer")
         else:
-            for tensor in answer.tensors.values():
-                if tensor.is_floating_point():
-                    tensor[...] = float("nan")
+            answers[self.site] = _with_nan(answer)
         return answers
+
+
+def _with_nan(answer: Message) -> Message:
+    """The answer of a site that computed NaN, as it would have been measured."""
+    tensors = {
+        name: torch.full_like(tensor, float("nan"))
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in answer.tensors.items()
+    }
+    spoiled = Message(answer.kind, answer.header, pack(tensors))
+    return replace(spoiled, norms=measure(spoiled, Yardstick({})))
 
 
 class Ward:
