@@ -37,7 +37,6 @@ TORCH_DTYPES = {
 
 NUMPY_DTYPES = {kind: np.dtype(name) for name, kind in TORCH_DTYPES.items()}
 
-_NAMES = {kind: name for name, kind in TORCH_DTYPES.items()}
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 with warnings.catch_warnings():

@@ -95,6 +95,7 @@ def count(msg: Message, context: Context) -> Message:
     state = context.state
     if "count" not in state:
         state["count"] = MetricRecord({"messages": 0})
+        state["seen"] = MetricRecord({"rounds": [0]})
         state["first"] = msg.content["arrays"]
         kept.append(msg.content["arrays"]["a"])
     state["count"]["messages"] += 1
@@ -134,14 +135,26 @@ def overwrite(msg: Message, context: Context) -> Message:
     return Message(msg.content, reply_to=msg)
 
 
+@app.query("loader")
+def loader(msg: Message, context: Context) -> Message:
+    """Load data with processes of its own."""
+    data = torch.utils.data.TensorDataset(torch.arange(8.0))
+    batches = torch.utils.data.DataLoader(data, batch_size=2, num_workers=1)
+    total = sum(float(batch.sum()) for (batch,) in batches)
+    return Message(RecordDict({"m": MetricRecord({"total": total})}), reply_to=msg)
+
+
 @app.query("misbehave")
 def misbehave(msg: Message, context: Context) -> Any:
     plan = msg.content["config"]
     if "count" in context.state:
         context.state["count"]["messages"] += 100
+        context.state["seen"]["rounds"].append(100)
     if context.node_id in plan["nodes"]:
         if plan["how"] == "raise":
             raise ValueError("no data here")
+        if plan["how"] == "exit":
+            raise SystemExit(3)
         if plan["how"] == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if plan["how"] == "hang":

@@ -218,6 +218,21 @@ def test_nodes_cannot_change_what_others_get(grid: WorkerGrid) -> None:
     assert list(content["arrays"]) == ["a"]
 
 
+def test_an_app_that_exits_leaves_the_state(grid: WorkerGrid) -> None:
+    ask(grid, "query.count", some_arrays(0))
+    replies = ask(grid, "query.misbehave", plan(grid, "exit", 1))
+    assert replies[1].error.code == 2
+    assert replies[1].error.reason.startswith("SystemExit: 3")
+    after = ask(grid, "query.count", some_arrays(0))
+    assert [r.content["count"]["messages"] for r in after] == [102, 2, 102, 102, 102]
+
+
+def test_apps_may_load_data_with_processes(grid: WorkerGrid) -> None:
+    node = next(iter(grid.get_node_ids()))
+    (reply,) = grid.send_and_receive([Message(RecordDict(), node, "query.loader")])
+    assert reply.content["m"]["total"] == 28
+
+
 def test_an_error_is_a_reply_and_leaves_the_state(grid: WorkerGrid) -> None:
     ask(grid, "query.count", some_arrays(0))
     replies = ask(grid, "query.misbehave", plan(grid, "raise", 1, 3))
@@ -231,6 +246,7 @@ def test_an_error_is_a_reply_and_leaves_the_state(grid: WorkerGrid) -> None:
     after = ask(grid, "query.count", some_arrays(0))
     counts = [int(r.content["count"]["messages"]) for r in after]
     assert counts == [102, 102, 202, 102, 202]
+    assert after[1].content["seen"]["rounds"] == [0, 100]
 
 
 def test_a_dead_process_costs_one_reply(
