@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["inprocess", "workers"])
 def test_a_tiny_hospital_costs_little(name: str, tmp_path: Path) -> None:
-    """A thousand fit in 0.2 GB. The model is small: replies are not what is measured."""
+    """A thousand fit in 0.2 GB. The model is small: replies do not count."""
     options = {"num_workers": 2} if name == "workers" else {}
     few, many = (
         tree_pss_bytes(
