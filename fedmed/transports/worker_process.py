@@ -176,23 +176,27 @@ class Worker:
 
     def serve(self) -> None:
         """Answer until the server says "close" or is gone."""
-        while True:
-            try:
-                told, made = listen(self._pipe)
-            except (EOFError, ConnectionError):
-                break
-            self._mapped.update(made)
-            for key in told.dropped:
-                self._mapped.pop(key).close()
-            self._pool.release(list(told.freed))
-            if told.word == "close":
-                break
-            if told.word == "sum":
-                self._add(told.content)
-                self._reply(None)
-            else:
-                self._reply(self._run(told.content))
-        self._keeper.close()
+        try:
+            while self._answer():
+                pass
+        except (EOFError, ConnectionError):
+            pass  # the server is gone, and nobody waits for an answer
+        finally:
+            self._keeper.close()
+
+    def _answer(self) -> bool:
+        """Do as the next word says; False if it is the last."""
+        told, made = listen(self._pipe)
+        self._mapped.update(made)
+        for key in told.dropped:
+            self._mapped.pop(key).close()
+        self._pool.release(list(told.freed))
+        if told.word == "sum":
+            self._add(told.content)
+            self._reply(None)
+        elif told.word == "job":
+            self._reply(self._run(told.content))
+        return told.word != "close"
 
     def _reply(self, content: Any) -> None:
         new = [n for n in self._pool.segments if n not in self._announced]
