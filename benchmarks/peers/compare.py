@@ -31,15 +31,14 @@ TOLERANCE = {"W1": 0.02, "W2": 0.25, "W3": 0.02}
 Pair = dict[str, Any]
 
 
-def rounds_of(peer: Peer, workload: str) -> int:
-    return peer.rounds.get(workload, ROUNDS[workload])
-
-
 def fingerprint(peer: Peer, workload: str) -> str:
     """Of everything a pair's numbers depend on, so that old pairs are not mixed in."""
-    shared = [HERE / name for name in ("workload.py", "floor.py", "processes.py")]
+    shared = [
+        HERE / name
+        for name in ("workload.py", "floor.py", "processes.py", "compare.py")
+    ]
     own = sorted(p for p in (HERE / peer.name).iterdir() if p.is_file())
-    digest = hashlib.sha256(f"{workload} {rounds_of(peer, workload)}".encode())
+    digest = hashlib.sha256(f"{workload} {ROUNDS[workload]}".encode())
     for path in shared + own:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -60,17 +59,26 @@ def average_error(workload: str, floor: dict[str, Any], loss: float) -> str | No
 def measure(
     peer: Peer, workload: str, *, python: Path, folder: Path, timeout_s: float
 ) -> Pair:
-    """Run the floor and then the peer, in the peer's own environment."""
-    tail = [workload, "--rounds", str(rounds_of(peer, workload))]
+    """Run floor, peer, floor, in the peer's own environment.
+
+    The floor's rounds of before and after count together, so that a machine that gets
+    busier or idler meanwhile moves both sides of the ratio.
+    """
+    tail = [workload, "--rounds", str(ROUNDS[workload])]
+    floor = [str(python), str(HERE / "floor.py"), *tail]
+    command = [str(python), *peer.launcher, str(peer.script), *tail]
     try:
-        base = run([str(python), str(HERE / "floor.py"), *tail], folder, timeout_s)
+        base = run(floor, folder, timeout_s)
     except RunError as error:
         return {"failed": f"the floor itself: {error}"}
-    command = [str(python), *peer.launcher, str(peer.script), *tail]
     try:
         result = run(command, folder, timeout_s)
     except RunError as error:
         return {"floor": base, "failed": str(error)}
+    try:
+        base["rounds_s"] += run(floor, folder, timeout_s)["rounds_s"]
+    except RunError as error:
+        return {"failed": f"the floor itself: {error}"}
     pair: Pair = {"floor": base, "peer": result}
     reason = average_error(workload, base, result["loss"])
     return pair | ({"failed": reason} if reason else {})
@@ -156,7 +164,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for one in rows:
         label = f"| {one['name']} | {one['workload']} |"
         if one["ratio"] is None:
-            lines.append(f"{label} | failed | 0 | | | |")
+            lines.append(f"{label} none | | 0 | | | |")
             notes.append(f"* {one['name']}, {one['workload']}: {one['failed']}")
             continue
         low, high = one["spread"]
@@ -183,18 +191,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def write(folder: Path, chosen: list[tuple[Peer, str]], repetitions: int) -> None:
+def write(folder: Path, repetitions: int) -> None:
+    """Write all rows, those that this call did not ask for among them."""
     rows = []
-    for peer, workload in chosen:
-        found = pairs_of(peer, workload, folder=folder, repetitions=repetitions)
-        rows.append(row(peer, workload, [pair for _, pair in found if pair]))
+    for workload in ROUNDS:
+        for peer in PEERS:
+            found = pairs_of(peer, workload, folder=folder, repetitions=repetitions)
+            rows.append(row(peer, workload, [pair for _, pair in found if pair]))
     document = json.dumps({"name": "peers", "rows": rows}, indent=1)
     (folder / "peers.json").write_text(document + "\n")
     (folder / "peers.md").write_text(markdown(rows))
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what runs, too
+    signal.signal(signal.SIGTERM, stop)
     options = arguments()
     folder: Path = options.folder.resolve()
     (folder / "results").mkdir(parents=True, exist_ok=True)
@@ -213,8 +223,14 @@ def main() -> None:
                 complete(
                     peer, workload, path, folder=folder, timeout_s=options.timeout_s
                 )
-            write(folder, chosen, options.repetitions)
+            write(folder, options.repetitions)
     LOGGER.info("wrote peers.json and peers.md\n%s", (folder / "peers.md").read_text())
+
+
+def stop(*_: object) -> None:
+    """Leave by an exception, so that the simulation that runs is ended, too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def arguments() -> argparse.Namespace:

@@ -7,8 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,16 +16,12 @@ INSTALL_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Peer:
-    """A framework that is compared: its folder here, its package, how it is started.
-
-    `rounds` holds the workloads in which it runs another number of rounds than others.
-    """
+    """A framework that is compared: its folder here, its package, how it is started."""
 
     name: str
     title: str
     package: str
     launcher: tuple[str, ...] = ()
-    rounds: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def requirements(self) -> Path:
@@ -41,8 +36,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 PEERS = (
     Peer("flower", "Flower simulation (Ray backend)", "flwr"),
     Peer("pfl_research", "pfl-research, 4 processes", "pfl", TORCHRUN),
-    # NVFlare starts a process for each of 100 sites in W2: minutes for a round.
-    Peer("nvflare_simulator", "NVFlare simulator", "nvflare", rounds={"W2": 2}),
+    Peer("nvflare_simulator", "NVFlare simulator", "nvflare"),
 )
 
 

@@ -123,6 +123,10 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _last_error(text: str) -> str:
+    """The line that says most: a logged error, else an exception, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return ((errors or lines)[-1] if lines else "no output")[:200]
+    for mark in (" ERROR ", "Error"):
+        found = [line for line in lines if mark in line]
+        if found:
+            return found[-1][-200:]
+    return lines[-1][-200:] if lines else "no output"
