@@ -11,7 +11,7 @@ cores. The first round of each and the study's last one, which evaluates, do not
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
 import json
 import statistics
 import sys
@@ -116,36 +116,39 @@ class Turns:
         self._since = time.perf_counter()
 
 
-def measure(rounds: int, repeats: int, transport: str) -> dict[str, list[float]]:
+def measure(
+    rounds: int,
+    repeats: int,
+    transport: str,
+    *,
+    precisions: tuple[str, ...] = PRECISIONS,
+) -> dict[str, list[float]]:
     """Run everything in turns; gives the seconds of every counted round."""
     torch.set_num_threads(1)
     slices = all_slices()
     times_s: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        for precision in PRECISIONS:
-            floors = {f"floor {p}": p == "bfloat16" for p in PRECISIONS}
-            turns = Turns(
-                {
-                    name: Floor(
-                        make_network,
-                        slices,
-                        num_workers=NUM_WORKERS,
-                        batch_size=BATCH_SIZE,
-                        lr=LR,
-                        bfloat16=bfloat16,
-                    )
-                    for name, bfloat16 in floors.items()
-                }
+    with contextlib.ExitStack() as stack:
+        floors = {
+            f"floor {precision}": stack.enter_context(
+                Floor(
+                    make_network,
+                    slices,
+                    num_workers=NUM_WORKERS,
+                    batch_size=BATCH_SIZE,
+                    lr=LR,
+                    bfloat16=precision == "bfloat16",
+                )
             )
+            for precision in precisions
+        }
+        for precision in precisions * repeats:
+            turns = Turns(floors)
             study = make_study(precision, rounds + 2, transport)
             with tempfile.TemporaryDirectory() as folder:
                 run_study(study, Path(folder) / "run", observer=turns)
-            for floor in turns.floors.values():
-                floor.__exit__(None, None, None)
             found = {f"fedmed {precision}": turns.times_s, **turns.floor_times_s}
             for name, seconds in found.items():
                 times_s.setdefault(name, []).extend(seconds[1:-1])
-            gc.collect()
     return times_s
 
 
@@ -170,9 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--transport", default="workers")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args(arguments)
-    times_s = measure(asked.rounds, asked.repeats, asked.transport)
+    times_s = measure(
+        asked.rounds,
+        asked.repeats,
+        asked.transport,
+        precisions=tuple(asked.precisions),
+    )
     content = json.dumps({"name": "W1", "rows": rows_of(times_s)}, indent=1)
     if asked.json:
         asked.json.write_text(content + "\n", encoding="utf-8")
