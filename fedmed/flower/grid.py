@@ -35,7 +35,7 @@ TTL_GRACE_S = 60.0
 """How much longer than the timeout Flower keeps a message that nobody fetched."""
 
 NODE_UNAVAILABLE = 5
-CLIENT_APP_CRASHED = 10
+CLIENT_APP_CRASHED = 8
 FAILURES = {
     2: SiteFailure("raised", "the client app of the site raised"),
     3: SiteFailure("timeout", "the message expired before the site took it"),

@@ -23,7 +23,10 @@ class Host(Protocol):
     """A site as a transport sees it: it answers messages, and can be closed."""
 
     def handle(self, message: Message) -> Message:
-        """Answer one message. May raise; the transport turns that into a failure."""
+        """Answer one message. May raise; the transport turns that into a failure.
+
+        The message's tensors are lent until the answer: whoever keeps one copies it.
+        """
 
     def close(self) -> None:
         """Release files and memory."""

@@ -7,10 +7,13 @@ replies in shared memory of its own; through the pipe go names and places only.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
@@ -323,5 +326,14 @@ def run_worker(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # What a site has to say travels in its answer; the screen is the server's.
     logging.getLogger().handlers = [logging.NullHandler()]
+    threading.Thread(target=_follow_server, daemon=True).start()
     torch.set_num_threads(spec.threads)
     Worker(pipe, spec, durable=durable).serve()
+
+
+def _follow_server() -> None:
+    """End with the server, also in the middle of a site's work."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -170,9 +170,10 @@ class WorkersTransport(Transport):
         reference: State | None,
         deadline: float | None,
     ) -> dict[SiteId, Answer]:
-        desk = Desk(self._pool)
+        here = [messages[site] for group in wave.values() for site in group]
+        desk = Desk(self._pool, here, reference)
         jobs = {
-            worker: desk.job({site: messages[site] for site in group}, reference)
+            worker: desk.job({site: messages[site] for site in group})
             for worker, group in wave.items()
         }
         answers: dict[SiteId, Answer] = {}
@@ -369,15 +370,38 @@ class Desk:
 
     Args:
         pool: Memory for what does not lie in shared memory yet.
+        messages: Of all sites of the wave.
+        reference: The server's shared entries, or None.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(
+        self,
+        pool: Pool,
+        messages: Iterable[Message],
+        reference: State | None,
+    ) -> None:
         self._atlas = Atlas({(0, n): s for n, s in pool.segments.items()})
+        self._reference = reference
+        states: dict[int, Mapping[str, Tensor]] = {
+            id(message.tensors): message.tensors for message in messages
+        }
+        if reference is not None:
+            states[id(reference)] = reference
+        self._alive = list(states.values())
         self._tables: dict[int, Table] = {}
-        self._alive: list[Any] = []
+        strangers = {key: self._strangers(state) for key, state in states.items()}
+        sizes = {key: Layout.of(new).num_bytes for key, new in strangers.items()}
+        # One segment for all: each costs a descriptor here and in every worker.
+        self._room = pool.allocate(sum(sizes.values())) if any(sizes.values()) else None
+        if self._room is not None:
+            self._atlas = Atlas({(0, n): s for n, s in pool.segments.items()})
+        start = 0
+        for key, state in states.items():
+            packed = self._packed(strangers[key], start, sizes[key])
+            self._tables[key] = self._table({**state, **packed})
+            start += sizes[key]
 
-    def job(self, messages: Mapping[SiteId, Message], reference: State | None) -> Job:
+    def job(self, messages: Mapping[SiteId, Message]) -> Job:
         """Write the job of one worker."""
         tables: list[Table] = []
         position: dict[int, int] = {}
@@ -385,44 +409,35 @@ class Desk:
         def place(tensors: Mapping[str, Tensor]) -> int:
             if id(tensors) not in position:
                 position[id(tensors)] = len(tables)
-                tables.append(self._table(tensors))
+                tables.append(self._tables[id(tensors)])
             return position[id(tensors)]
 
         errands = tuple(
             Errand(site, m.kind, sent(m.header), place(m.tensors))
             for site, m in messages.items()
         )
-        origin = None if reference is None else place(reference)
+        origin = None if self._reference is None else place(self._reference)
         return Job(errands, tuple(tables), origin)
 
-    def _table(self, tensors: Mapping[str, Tensor]) -> Table:
-        if id(tensors) not in self._tables:
-            self._tables[id(tensors)] = self._written(tensors)
-            self._alive.append(tensors)
-        return self._tables[id(tensors)]
+    def _strangers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that do not lie in shared memory."""
+        return {n: dense(t) for n, t in state.items() if self._atlas.place(t) is None}
 
-    def _written(self, tensors: Mapping[str, Tensor]) -> Table:
+    def _packed(
+        self, tensors: Mapping[str, Tensor], start: int, size: int
+    ) -> Mapping[str, Tensor]:
+        if self._room is None or not tensors:
+            return {}
+        return pack(tensors, self._room[start : start + size])
+
+    def _table(self, tensors: Mapping[str, Tensor]) -> Table:
         table = []
-        strangers = {}
-        for name in sorted(tensors):
-            place = self._atlas.place(tensors[name])
-            if place is None:
-                strangers[name] = dense(tensors[name])
-                continue
-            slot = Slot(name, tensors[name].dtype, tuple(tensors[name].shape), place[2])
-            table.append((slot, place[1]))
-        if not strangers:
-            return tuple(table)
-        size = Layout.of(strangers).num_bytes
-        buffer = self._pool.allocate(size)
-        packed = pack(strangers, buffer)
-        self._alive.append(packed)
-        self._atlas = Atlas({(0, n): s for n, s in self._pool.segments.items()})
-        place = self._atlas.place(buffer)
-        assert place is not None
-        number = place[1]
-        table += [(slot, number) for slot in packed.layout.slots]
-        return tuple(sorted(table, key=lambda entry: entry[0].name))
+        for name, tensor in sorted(tensors.items()):
+            place = self._atlas.place(tensor)
+            assert place is not None
+            shape = tuple(tensor.shape)
+            table.append((Slot(name, tensor.dtype, shape, place[2]), place[1]))
+        return tuple(table)
 
 
 class Atlas:

@@ -390,7 +390,6 @@ def end_within(pids: list[int], limit_s: float) -> bool:
     return True
 
 
-@pytest.mark.xfail(reason="it notices when the site's work is done, not before")
 def test_a_worker_at_work_ends_when_the_server_is_killed(tmp_path: Path) -> None:
     with server(tmp_path, "busy") as (process, pids):
         time.sleep(0.3)
