@@ -169,7 +169,7 @@ def test_reply_with_the_tag_of_another_exchange_is_refused(
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [(0, "raised"), (2, "raised"), (4, "timeout"), (5, "unreachable"), (10, "died")],
+    [(0, "raised"), (2, "raised"), (4, "timeout"), (5, "unreachable"), (8, "died")],
 )
 def test_error_replies_name_the_reason_and_no_patient(
     transport: FlowerTransport, post: Post, code: int, expected: str
