@@ -321,11 +321,16 @@ def as_json(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         "rows": [line_of(rows, row) for row in rows],
         "missing": sorted(set(SCORERS) - set(names)),
         "checks": check(rows),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in (*names, "numpy", "scipy")
-        },
+        "versions": {name: version_of(name) for name in (*names, "numpy", "scipy")},
     }
+
+
+def version_of(name: str) -> str:
+    """Version of an installed package; "missing" where there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
 
 
 def show(result: dict[str, Any]) -> None:

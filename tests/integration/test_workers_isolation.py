@@ -91,7 +91,15 @@ def lost(
 
 def children() -> set[int]:
     found = psutil.Process().children(recursive=True)
-    return {c.pid for c in found if "resource_tracker" not in " ".join(c.cmdline())}
+    return {child.pid for child in found if is_ours(child)}
+
+
+def is_ours(child: psutil.Process) -> bool:
+    """Neither Python's tracker nor what an earlier test left unreaped."""
+    try:
+        return "resource_tracker" not in " ".join(child.cmdline())
+    except psutil.Error:
+        return False
 
 
 def descriptors(pid: int | str = "self") -> int:
