@@ -230,6 +230,7 @@ def main() -> None:
 def stop(*_: object) -> None:
     """Leave by an exception, so that the simulation that runs is ended, too."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    LOGGER.warning("asked to stop: what was measured is kept")
     sys.exit(143)
 
 
