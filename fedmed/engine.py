@@ -269,7 +269,7 @@ class Engine:
             for answer in answers.values()
         )
         messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
-        accepted, refused = self._screen(messages, server)
+        accepted, refused = self._screen(messages, server, request)
         log.refused.update(refused)
         for site, message in accepted.items():
             self._tokens[site] = str(sent[site].header["token"])
@@ -324,12 +324,14 @@ class Engine:
         )
 
     def _screen(
-        self, messages: Mapping[SiteId, Message], server: Server
+        self, messages: Mapping[SiteId, Message], server: Server, request: Exchange
     ) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
         expectation = Expectation(
             reference=server.shared,
             registered={m.site_id: m.num_examples for m in self.members},
             norm_factor=self.study.tolerance.norm_factor,
+            alike=request.alike,
+            sends=request.sends,
         )
         accepted, refused = screen(messages, expectation)
         for site, why in refused.items():

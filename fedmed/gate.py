@@ -8,6 +8,8 @@ never costs the run. What the gate cannot see: a small, well-formed, malicious u
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import functools
 import logging
 import math
 from collections import Counter
@@ -28,7 +30,9 @@ MODEL_KINDS = frozenset({"Weights", "Gradient"})
 """Kinds whose tensors carry the names of the network's entries."""
 
 _RAGGED_KINDS = frozenset({"Embedding", "AmplitudeStatistic"})
-_SECTIONS = frozenset({"state", "buffers", "extra"})
+_LARGEST_STATISTIC = 1 << 20
+"""Numbers in one `ClassStatistic` whose shapes nobody declared: it grows with classes
+and features, never with voxels."""
 _STATISTICS = "buffers"
 _MEASURED_FROM = ("Weights", "state")
 """Kind and section whose numbers are values, not differences."""
@@ -48,7 +52,11 @@ class Expectation:
         max_norm: The same as an absolute number; None = not checked.
         kinds: Kinds that may come.
         alike: All sites send the same names and shapes; what most of them send is
-            right. False where sites play different parts in one exchange.
+            right. False where sites play different parts in one exchange: then each
+            may send any part of what is declared.
+        sends: Shape by name of what a reply's "state" holds; None: the network's
+            entries, for a `ClassStatistic` whatever most sites send. Weights and
+            gradients are always of the network's entries.
     """
 
     reference: Mapping[str, torch.Tensor]
@@ -57,6 +65,7 @@ class Expectation:
     max_norm: float | None = None
     kinds: frozenset[str] = frozenset(KINDS)
     alike: bool = True
+    sends: Mapping[str, tuple[int, ...]] | None = None
 
 
 class _RefusedError(Exception):
@@ -208,8 +217,7 @@ def _check(
             f"{', '.join(sorted(expectation.kinds))}"
         )
     _check_header(message, expectation, site_id)
-    if message.kind in MODEL_KINDS:
-        _check_entries(message, expectation, {} if known is None else known)
+    _check_entries(message, expectation, {} if known is None else known)
     _check_finite(message)
     if expectation.max_norm is not None:
         for section, norm in update_norms(message, expectation).items():
@@ -234,8 +242,14 @@ def _check_entries(message: Message, expectation: Expectation, known: _Checked) 
     if key not in known:
         known[key] = None
         try:
+            _check_sections(message)
+            if expectation.sends is not None:
+                _check_declared(message, expectation.sends, whole=expectation.alike)
             for name, tensor in message.tensors.items():
-                _check_entry(name, tensor, expectation)
+                if message.kind in MODEL_KINDS:
+                    _check_entry(name, tensor, expectation)
+            if message.kind == "ClassStatistic" and expectation.sends is None:
+                _check_statistic(message)
         except _RefusedError as refusal:
             known[key] = str(refusal)
     if (problem := known[key]) is not None:
@@ -277,10 +291,54 @@ def _check_weight(weight: Any, registered: int) -> None:
         )
 
 
+@functools.cache
+def _sections(kind: str) -> frozenset[str]:
+    """Where a payload of this kind may hold tensors."""
+    fields = {item.name for item in dataclasses.fields(KINDS[kind])}
+    return frozenset(fields & {"state", "buffers", "extra"})
+
+
+def _check_sections(message: Message) -> None:
+    """Check that each tensor has a place in the payload that it will be part of."""
+    known = _sections(message.kind)
+    for name in message.tensors:
+        section, entry = section_of(name)
+        first, _, inner = section.partition("/")
+        if first not in known or not entry or (first == "extra" and not inner):
+            raise _RefusedError(f"{_show(name)} belongs to no declared state")
+
+
+def _check_declared(
+    message: Message, sends: Mapping[str, tuple[int, ...]], *, whole: bool
+) -> None:
+    state = {
+        section_of(name)[1]: tensor
+        for name, tensor in message.tensors.items()
+        if section_of(name)[0] == "state"
+    }
+    for name, tensor in state.items():
+        if name not in sends:
+            raise _RefusedError(f"{_show('state/' + name)} was not asked for")
+        if tuple(tensor.shape) != tuple(sends[name]):
+            raise _RefusedError(
+                f"{_show('state/' + name)} has shape {tuple(tensor.shape)}; expected "
+                f"{tuple(sends[name])}"
+            )
+    if whole and (missing := set(sends) - set(state)):
+        raise _RefusedError(f"lacks {_list(missing)}, which was asked for")
+
+
+def _check_statistic(message: Message) -> None:
+    count = sum(tensor.numel() for tensor in message.tensors.values())
+    if count > _LARGEST_STATISTIC:
+        raise _RefusedError(
+            f"a statistic of classes with {count} numbers; at most "
+            f"{_LARGEST_STATISTIC} are allowed"
+        )
+
+
 def _check_entry(name: str, tensor: torch.Tensor, expectation: Expectation) -> None:
     section, entry = section_of(name)
-    if section.partition("/")[0] not in _SECTIONS:
-        raise _RefusedError(f"{_show(name)} belongs to no declared state")
     expected = expectation.reference.get(entry)
     if expected is None:
         if section.startswith("extra"):

@@ -60,12 +60,35 @@ class Exchange:
         site_ids: Addressed sites, sorted.
         content: Named arguments for all of them: states or JSON scalars.
         content_by_site: Further arguments for single sites.
+        alike: All sites answer with the same names and shapes.
+        sends: Shape by name of what a reply's "state" holds; None = undeclared.
     """
 
     action: str
     site_ids: tuple[SiteId, ...]
     content: Mapping[str, Any] = field(default_factory=dict)
     content_by_site: Mapping[SiteId, Mapping[str, Any]] = field(default_factory=dict)
+    alike: bool = True
+    sends: Mapping[str, tuple[int, ...]] | None = None
+
+    def expecting(
+        self,
+        sends: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        alike: bool = True,
+    ) -> Exchange:
+        """Say what replies hold: a statistic, or part of the network's entries.
+
+        Args:
+            sends: Shape by name of a reply's "state"; other names are refused.
+            alike: False: each site may send another part of it.
+
+        Example:
+            >>> ask = Exchange("statistic", ("a", "b"))
+            >>> ask.expecting({"confusion": (5, 5), "counts": (5,)}).alike
+            True
+        """
+        return replace(self, sends=sends, alike=alike)
 
 
 @dataclass(frozen=True)

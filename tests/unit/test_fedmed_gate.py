@@ -350,3 +350,103 @@ def test_the_result_for_packed_replies_does_not_depend_on_their_order() -> None:
     ]
     assert all(list(a) == ["a", "c"] for a, _ in results)
     assert all(refused == results[0][1] for _, refused in results)
+
+
+STATISTIC = {"confusion": (3, 3), "counts": (3,)}
+ASKED = dataclasses.replace(EXPECTATION, sends=STATISTIC)
+
+
+def statistic(
+    num_classes: int = 3, *, value: float = 1.0, **more: torch.Tensor
+) -> Message:
+    confusion = torch.full((num_classes, num_classes), value)
+    state = {"confusion": confusion, "counts": torch.ones(num_classes), **more}
+    return to_message(ClassStatistic(num_examples=3, state=state, min_count=5))
+
+
+def packed_too(message: Message) -> list[Message]:
+    """As it is, packed, and packed and measured."""
+    return [message, flat(message), flat(message, measured=True)]
+
+
+BAD_STATISTICS: dict[str, tuple[Message, str]] = {
+    "NaN": (statistic(value=math.nan), "'state/confusion' holds NaN"),
+    "infinite": (statistic(value=math.inf), "'state/confusion' holds NaN or inf"),
+    "size": (statistic(num_classes=4), r"shape \(4, 4\); expected \(3, 3\)"),
+    "name": (statistic(image=torch.ones(8, 8)), "'state/image' was not asked for"),
+    "lacking": (
+        to_message(ClassStatistic(state={"counts": torch.ones(3)})),
+        "lacks 'confusion'",
+    ),
+    "section": (
+        dataclasses.replace(statistic(), tensors={"extra/x/confusion": torch.ones(3)}),
+        "belongs to no declared state",
+    ),
+    "no section": (
+        dataclasses.replace(statistic(), tensors={"confusion": torch.ones(3, 3)}),
+        "belongs to no declared state",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATISTICS)
+def test_a_statistic_is_no_part_of_the_network_and_checked_by_what_was_asked(
+    name: str,
+) -> None:
+    bad, reason = BAD_STATISTICS[name]
+    for good, wrong in zip(packed_too(statistic()), packed_too(bad), strict=True):
+        replies = {"a": good, "b": wrong, "c": good, "d": good}
+        accepted, refused = screen(replies, ASKED)
+        assert accepted == {"a": good, "c": good, "d": good}
+        assert list(refused) == ["b"]
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(refused["b"])
+
+
+def test_what_was_asked_for_is_right_even_if_most_sites_send_something_else() -> None:
+    replies = {"a": statistic(4), "b": statistic(4), "c": statistic(3)}
+    assert list(screen(replies, ASKED)[0]) == ["c"]
+
+
+def test_sites_may_send_different_parts_of_what_was_asked_for() -> None:
+    counts = to_message(ClassStatistic(state={"counts": torch.ones(3)}))
+    free = dataclasses.replace(ASKED, alike=False)
+    for message in packed_too(counts):
+        replies = {"a": message, "b": statistic(), "c": statistic(num_classes=4)}
+        accepted, refused = screen(replies, free)
+        assert list(accepted) == ["a", "b"]
+        assert "expected (3, 3)" in refused["c"]
+
+
+def test_sites_may_send_different_entries_of_the_network() -> None:
+    def gradient(*names: str) -> Message:
+        state = {name: torch.ones_like(REFERENCE[name]) for name in names}
+        return to_message(Gradient(num_examples=3, state=state))
+
+    free = dataclasses.replace(EXPECTATION, alike=False)
+    for parts in zip(
+        packed_too(gradient("w")),
+        packed_too(gradient("w", "b")),
+        packed_too(gradient("b")),
+        strict=True,
+    ):
+        replies = dict(zip("abc", parts, strict=True))
+        assert screen(replies, free) == (replies, {})
+        only_w = dataclasses.replace(free, sends={"w": (4, 3)})
+        accepted, refused = screen(replies, only_w)
+        assert list(accepted) == ["a"]
+        assert "'state/b' was not asked for" in refused["c"]
+        stranger = dataclasses.replace(free, sends={"w": (4, 3), "x": (3,)})
+        bad = dataclasses.replace(gradient("w"), tensors={"state/x": torch.ones(3)})
+        assert "no shared entry" in screen({"a": bad}, stranger)[1]["a"]
+
+
+def test_an_undeclared_statistic_may_not_have_the_size_of_images() -> None:
+    def maps(count: int) -> Message:
+        return to_message(ClassStatistic(state={"maps": torch.ones(count)}))
+
+    check_reply(maps(1 << 20), EXPECTATION, site_id="a")
+    with pytest.raises(SiteError, match="1048577 numbers; at most 1048576"):
+        check_reply(maps((1 << 20) + 1), EXPECTATION, site_id="a")
+    asked = dataclasses.replace(EXPECTATION, sends={"maps": ((1 << 20) + 1,)})
+    check_reply(maps((1 << 20) + 1), asked, site_id="a")
