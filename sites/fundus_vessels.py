@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
+import scipy  # loads its parts when they are first used: half a second
 
 from fedmed.case import Case, CaseRef, DatasetCard, SiteCard, SourceSite
 from fedmed.errors import CaseError, DataError
@@ -214,11 +214,11 @@ def find_field(image_CIJK: np.ndarray) -> np.ndarray:
         holes filled.
     """
     bright_IJ = image_CIJK.max(axis=0)[..., 0] > FIELD_THRESHOLD
-    parts_IJ, num_parts = ndimage.label(bright_IJ)
+    parts_IJ, num_parts = scipy.ndimage.label(bright_IJ)
     if num_parts == 0:
         return np.zeros((*bright_IJ.shape, 1), np.uint8)
     largest = 1 + int(np.argmax(np.bincount(parts_IJ.ravel())[1:]))
-    disc_IJ: np.ndarray = ndimage.binary_fill_holes(parts_IJ == largest)
+    disc_IJ: np.ndarray = scipy.ndimage.binary_fill_holes(parts_IJ == largest)
     return disc_IJ[..., None].astype(np.uint8)
 
 

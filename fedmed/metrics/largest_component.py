@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+import scipy  # loads its parts when they are first used: half a second
 
 
 def largest_component(
@@ -46,7 +46,7 @@ def largest_component(
 
 def _largest_piece(mask: np.ndarray) -> np.ndarray:
     """Mark the largest connected piece of a mask; all False if the mask is empty."""
-    pieces, num_pieces = ndimage.label(mask)
+    pieces, num_pieces = scipy.ndimage.label(mask)
     if num_pieces <= 1:
         return mask
     sizes = np.bincount(pieces.ravel())

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
+import scipy  # loads its parts when they are first used: half a second
 
 WALKED_VOXELS = 400
 """About so many voxels does a walked neighbourhood hold."""
@@ -156,7 +155,7 @@ def _far_mm(
     spacing = np.asarray(spacing_mm, dtype=np.float64)
     shape = goal.mask.shape
     if _tree_cost(positions.size, goal) > _TRANSFORM_PER_VOXEL * goal.mask.size:
-        transform = ndimage.distance_transform_edt(~goal.mask, sampling=spacing)
+        transform = scipy.ndimage.distance_transform_edt(~goal.mask, sampling=spacing)
         far: np.ndarray = transform.ravel()[positions]
         return far
     starts, goals = (
@@ -164,7 +163,9 @@ def _far_mm(
         for flat in (positions, goal.positions)
     )
     # Built for one query, so it pays not to balance it.
-    tree = cKDTree(goals * spacing, balanced_tree=False, compact_nodes=False)
+    tree = scipy.spatial.cKDTree(
+        goals * spacing, balanced_tree=False, compact_nodes=False
+    )
     nearest = tree.query(starts * spacing)[1]
     return _lengths_mm(starts - goals[nearest], spacing)
 

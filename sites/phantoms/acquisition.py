@@ -9,7 +9,7 @@ Source:
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
+import scipy  # loads its parts when they are first used: half a second
 
 from sites.phantoms import tissues
 from sites.phantoms.canvas import Body, CoilPlace
@@ -167,7 +167,9 @@ def _sum_neighbours(array: np.ndarray, axis: int, count: int) -> np.ndarray:
 
 def _point_spread(image: np.ndarray, width: float) -> np.ndarray:
     sigma = width / 2.355
-    return np.asarray(ndimage.gaussian_filter(image, (sigma, sigma, 0), truncate=3))
+    return np.asarray(
+        scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0), truncate=3)
+    )
 
 
 def _coil_profile(grid: Grid, coil: str, place: CoilPlace | None) -> np.ndarray:
@@ -227,7 +229,7 @@ def _ct_noise(
     shape: tuple[int, ...], scan: np.random.Generator, sigma_hu: float
 ) -> np.ndarray:
     white = scan.standard_normal(shape, dtype=np.float32)
-    grain = ndimage.gaussian_filter(white, (0.6, 0.6, 0), mode="wrap")
+    grain = scipy.ndimage.gaussian_filter(white, (0.6, 0.6, 0), mode="wrap")
     return np.asarray(grain * np.float32(sigma_hu / grain.std()))
 
 

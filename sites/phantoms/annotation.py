@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage, special
+import scipy  # loads its parts when they are first used: half a second
 
 from sites.phantoms.acquisition import box_average
 from sites.phantoms.dials import LabelStyle
@@ -35,7 +35,7 @@ def annotate(truth: np.ndarray, grid: Grid, style: LabelStyle) -> np.ndarray:
         sigma = [0.0, *(sigma_mm / spacing for spacing in grid.spacing_mm)]
         if grid.size[2] == 1:
             sigma[3] = 0.0
-        shares = ndimage.gaussian_filter(shares, sigma, truncate=3)
-        level = float(special.ndtr(-style.offset_mm / sigma_mm))
+        shares = scipy.ndimage.gaussian_filter(shares, sigma, truncate=3)
+        level = float(scipy.special.ndtr(-style.offset_mm / sigma_mm))
     winner = np.array(classes, np.uint8)[shares.argmax(axis=0)]
     return np.where(shares.sum(axis=0) > level, winner, 0).astype(np.uint8)

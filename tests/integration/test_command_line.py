@@ -51,6 +51,26 @@ def test_help_and_import_are_quick():
     assert imported - nothing <= IMPORT_S * slow
 
 
+def test_a_study_starts_without_what_it_needs_only_later():
+    """What surfaces, reports and other transports need costs the start a second."""
+    program = (
+        "import sys\n"
+        "import fedmed.commands.run, fedmed.run, sites.host, sites.phantom\n"
+        "import strategies.fedavg, fedmed.transports.workers\n"
+        "later = {'scipy.ndimage', 'scipy.spatial', 'scipy.special', 'sklearn', 'ray',"
+        " 'matplotlib', 'flwr', 'monai', 'jinja2', 'torch._dynamo'}\n"
+        "print(sorted(later & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=line.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"
+
+
 def test_help_imports_nothing_heavy():
     """Holds on any machine, however slow it is at the moment."""
     program = (
