@@ -6,7 +6,9 @@ do not depend on the number of workers, on the order of replies or on the transp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,3 +51,23 @@ def torch_rng(root: int, *purpose: Purpose) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive(root, *purpose))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators, and restore the processor's afterwards.
+
+    Layers such as dropout draw from them and take no generator of their own.
+    `torch.manual_seed` says the same, a hundred times slower.
+    """
+    import torch
+
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import (
     TYPE_CHECKING,
@@ -269,6 +270,14 @@ class SiteContext(Protocol):
 
     def batches(self, first: int, count: int) -> Iterable[TrainingBatch]:
         """Draw training batches number `first`... of this round."""
+
+    def draws(self, *purpose: str | int) -> AbstractContextManager[None]:
+        """Let what follows draw the same random numbers in every message of a round.
+
+        Torch's global state is a function of the study's seed, the site, the round
+        and the purpose inside the block, and as before it afterwards. Outside, each
+        message has draws of its own (dropout masks).
+        """
 
     def shared_of(self, model: nn.Module) -> State:
         """Copy the shared entries out of the network."""

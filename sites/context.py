@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -381,6 +382,11 @@ class HospitalContext:
             count,
             processes=self._bench.num_processes,
         )
+
+    def draws(self, *purpose: str | int) -> contextlib.AbstractContextManager[None]:
+        """Let what follows draw the same numbers in every message of this round."""
+        root, number = self._bench.study.seed, self.round
+        return seeds.seeded(seeds.derive(root, "draws", self.site_id, number, *purpose))
 
     def shared_of(self, model: nn.Module) -> State:
         """Copy the shared entries out of the network."""

@@ -7,20 +7,18 @@ recorded. The transports call it; it knows nothing of them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedmed.errors import SiteError, WireError
 from fedmed.message import Message, SiteFailure, SiteId, State
 from fedmed.payload import Card, Metrics, Payload, to_message
 from fedmed.runfolder import RunFolder
+from fedmed.seeds import seeded
 from fedmed.strategy import Outcome, Private
 from fedmed.study import Study, expand, study_from_dict
 from sites.case_names import CaseNames, load_pseudonym_key
@@ -265,23 +263,6 @@ class Host:
             name=self._name_outside,
         )
         return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators, and restore the processor's afterwards.
-
-    `torch.manual_seed` says the same, a hundred times slower.
-    """
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
 
 
 def _digests(study: Study) -> bool:

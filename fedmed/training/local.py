@@ -41,6 +41,26 @@ def local_gradient(
     model = site.load(weights)
     (batch,) = site.batches(index, 1)
     gradient, loss = site.trainer.gradient(model, batch)
+    return gradient_outcome(site, model, gradient, loss=loss, share=share)
+
+
+def gradient_outcome(
+    site: SiteContext,
+    model: nn.Module,
+    gradient: State,
+    *,
+    loss: float | None = None,
+    share: float = 1.0,
+) -> Outcome:
+    """Let the shared gradient leave, and step with the rest of it here.
+
+    Args:
+        site: The hospital.
+        model: The live network that the gradient is of.
+        gradient: By name; of shared and of kept trainable entries.
+        loss: The site's own training loss, for the record.
+        share: Factor of the gradient of kept entries.
+    """
     shared = set(site.partition.shared)
     own = {name: share * g for name, g in gradient.items() if name not in shared}
     # By their own norm: the norm over all entries of all sites is nobody's here, so
@@ -51,7 +71,7 @@ def local_gradient(
         memory = _descend_in_place(site, model, own)
     payload = Gradient(
         num_examples=site.num_examples,
-        values={"loss": loss},
+        values={} if loss is None else {"loss": loss},
         state={name: g for name, g in gradient.items() if name in shared},
         buffers=_shared_buffers(site, model),
     )

@@ -69,10 +69,13 @@ class Trainer:
 
     def forward(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Mean loss of one batch, differentiable."""
+        return self.loss(*self.logits(model, batch))
+
+    def logits(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Logits (B, L, ...) and labels (B, ...) of one batch, on the device."""
         images, labels = self._sent(batch)
         with self._autocast():
-            logits = model(images, site=self.site_id)
-        return self.loss(logits, labels)
+            return model(images, site=self.site_id), labels
 
     def gradient(self, model: nn.Module, batch: TrainingBatch) -> tuple[State, float]:
         """Gradient of the batch's loss with respect to every trainable parameter.
@@ -80,15 +83,19 @@ class Trainer:
         Raises:
             SiteError: If the loss is not finite.
         """
-        named = trainable(model)
-        _forget_gradients(named)
         loss = self.forward(model, batch)
         value = float(loss.detach())
-        self._require_finite(value)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.require_finite(value)
+        return self.gradient_of(model, loss), value
+
+    def gradient_of(self, model: nn.Module, objective: Tensor) -> State:
+        """Gradient of a scalar with respect to every parameter that it depends on."""
+        named = trainable(model)
+        _forget_gradients(named)
+        objective.backward()  # type: ignore[no-untyped-call]
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
         _forget_gradients(named)
-        return gradient, value
+        return gradient
 
     def train(
         self,
@@ -127,7 +134,7 @@ class Trainer:
             return TrainResult(float("nan"), memory)
         # The only time the processor waits for a GPU.
         mean = float(torch.stack(losses).double().mean())
-        self._require_finite(mean)
+        self.require_finite(mean)
         return TrainResult(mean, memory, len(losses))
 
     def _sent(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,12 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)
 
-    def _require_finite(self, loss: float) -> None:
+    def require_finite(self, loss: float) -> None:
+        """Refuse to go on with a loss that is no number.
+
+        Raises:
+            SiteError: If it is NaN or infinite.
+        """
         if not math.isfinite(loss):
             raise SiteError(
                 f"site {self.site_id}: the training loss became {loss}",
