@@ -7,7 +7,6 @@ there, and `package.module:Class` loads anything else. There is no registry.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedmed.errors import ConfigError, ShadowedPackageError
+from fedmed.spelling import did_you_mean
 from fedmed.strategy import Strategy
 
 _NOT_A_METHOD = frozenset({"server_app"})
@@ -64,10 +64,9 @@ def strategy_class(name: str) -> type[Strategy]:
         return _external(name)
     if name not in strategy_names():
         known = strategy_names()
-        near = difflib.get_close_matches(name, known, 1)
-        asked = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"there is no strategy {name!r}; {asked}known: {', '.join(known)}"
+            f"there is no strategy {name!r}{did_you_mean(name, known)}",
+            hint=f"Known: {', '.join(known)}",
         )
     return _only_strategy(importlib.import_module(f"strategies.{name}"))
 
@@ -112,8 +111,7 @@ def load_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.5)
-            asked = f", did you mean {near[0]!r}?" if near else ""
+            asked = did_you_mean(key, fields)
             raise ConfigError(f"unknown key 'strategy.{key}' for {name}{asked}")
     strategy = cls(**_convert(cls, given))
     if strategy.sync not in cls.syncs:

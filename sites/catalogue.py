@@ -22,7 +22,7 @@ from typing import Any
 import sites
 from fedmed.case import DatasetCard, SourceSite
 from fedmed.errors import ConfigError, DataError, MissingDependencyError
-from sites.options import nearest
+from sites.options import suggest
 
 DATA_VARIABLE = "FEDMED_DATA"
 """Environment variable that names the folder in which the data sets lie."""
@@ -92,7 +92,7 @@ def load_dataset_module(name: str) -> ModuleType:
         "." not in name and name not in list_datasets()
     ):
         known = [*list_datasets()]
-        raise ConfigError(f"unknown data set {name!r}", hint=nearest(name, known))
+        raise ConfigError(f"unknown data set {name!r}", hint=suggest(name, known))
     full_name = name if "." in name else f"{sites.__name__}.{name}"
     try:
         module = importlib.import_module(full_name)
@@ -100,7 +100,7 @@ def load_dataset_module(name: str) -> ModuleType:
         if full_name == error.name or full_name.startswith(f"{error.name}."):
             raise ConfigError(
                 f"there is no module {full_name!r}",
-                hint=nearest(name, [*list_datasets()]),
+                hint=suggest(name, [*list_datasets()]),
             ) from None
         raise MissingDependencyError(
             f"data set {name!r} needs the package {error.name!r}",
@@ -178,7 +178,7 @@ def _check_option_names(module: ModuleType, options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"unknown dataset option {name!r}", hint=nearest(str(name), known)
+                f"unknown dataset option {name!r}", hint=suggest(str(name), known)
             )
 
 

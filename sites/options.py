@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedmed.errors import ConfigError
+from fedmed.spelling import nearest
 
 Options = TypeVar("Options")
 
@@ -48,7 +48,7 @@ def parse_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"unknown dataset option {name!r}", hint=nearest(str(name), known)
+                f"unknown dataset option {name!r}", hint=suggest(str(name), known)
             )
     try:
         return TypeAdapter(kind).validate_python(dict(options))
@@ -60,7 +60,7 @@ def parse_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
         ) from None
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """Say which known name was probably meant, and list all of them.
 
     Args:
@@ -71,13 +71,13 @@ def nearest(name: str, known: list[str]) -> str:
         A sentence for an error's hint.
 
     Example:
-        >>> nearest("foldr", ["folder", "bids"])
+        >>> suggest("foldr", ["folder", "bids"])
         "did you mean 'folder'? Known: folder, bids"
-        >>> nearest("zzz", [])
+        >>> suggest("zzz", [])
         'Known: none'
     """
-    close = difflib.get_close_matches(name, known, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    near = nearest(name, known)
+    guess = f"did you mean {near!r}? " if near else ""
     return f"{guess}Known: {', '.join(known) or 'none'}"
 
 

@@ -22,7 +22,6 @@ below zero, which no network can use: entries named `...running_var` are lifted 
 
 from __future__ import annotations
 
-import difflib
 import math
 import secrets
 from collections.abc import Hashable, Mapping
@@ -39,6 +38,7 @@ from fedmed import exact_json, seeds
 from fedmed.errors import ConfigError, PolicyError
 from fedmed.message import Message, SiteId
 from fedmed.payload import KINDS
+from fedmed.spelling import nearest
 from sites.case_names import CaseNames
 
 _NOISED_KINDS = frozenset({"Weights", "Gradient"})
@@ -344,8 +344,8 @@ def _config_error(name: str, error: ValidationError) -> ConfigError:
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    near = nearest(name, known)
+    guess = f"did you mean {near!r}? " if near else ""
     return f"{guess}Known: {', '.join(known)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedmed.errors import ConfigError, SiteError
 from fedmed.message import SiteId, State
+from fedmed.spelling import nearest
 
 logging.getLogger("flwr").setLevel(logging.WARNING)
 
@@ -150,17 +150,17 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> FedAvg:
         raise ConfigError(f"flwr:{name} is no aggregator: {NOT_AGGREGATORS[name]}")
     kinds = aggregators()
     if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+        near = nearest(name, kinds, cutoff=0.0)
         raise ConfigError(
-            f"Flower has no aggregator called {name!r}; the nearest is {near[0]!r}",
+            f"Flower has no aggregator called {name!r}; the nearest is {near!r}",
             hint="known: " + ", ".join(kinds),
         )
     known = inspect.signature(kinds[name]).parameters
     for option in options:
         if option not in known or option in OURS:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+            near = nearest(option, known, cutoff=0.0)
             raise ConfigError(
-                f"flwr:{name} has no option {option!r}; the nearest is {near[0]!r}"
+                f"flwr:{name} has no option {option!r}; the nearest is {near!r}"
             )
     return kinds[name](**{**options, **OURS})
 

@@ -6,7 +6,6 @@ Everything is off by default. Flips, rotation and zoom move image and label toge
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from torch.nn import functional
 from fedmed.case import UNKNOWN_LABEL
 from fedmed.errors import ConfigError
 from fedmed.seeds import numpy_rng, torch_rng
+from fedmed.spelling import nearest
 
 AXES = "IJK"
 
@@ -73,7 +73,7 @@ class Augmentation:
         known = [field.name for field in fields(cls)]
         for option in options:
             if option not in known:
-                near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
+                near = nearest(option, known, cutoff=0.0)
                 raise ConfigError(
                     f"augmentation has no option {option!r}",
                     hint=f"nearest is {near!r}; known are {', '.join(known)}",
