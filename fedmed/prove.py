@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from fedmed import seeds
 from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
 from fedmed.resolve import load_strategy, strategy_class
 from fedmed.run import cache_folder, run_study, transport_sites
 from fedmed.runfolder import RunFolder
 from fedmed.storage import read_state
-from fedmed.strategy import Strategy
+from fedmed.strategy import Cohort, Member, Strategy
 from fedmed.study import Study, apply_overrides, study_from_dict
 from fedmed.task import Task, build_model, build_optimizer, build_trainer
 from fedmed.training.pooled import PooledTraining, distinct_parameters, tied
@@ -163,6 +164,7 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
         weights=_normalised(strategy, benches),
         optimizer=spec.build(distinct_parameters(models)),
         lr=spec.lr,
+        cohort=_first_cohort(study, benches, steps),
     )
     comparable = {
         entry.name
@@ -175,6 +177,16 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
     for index in range(steps):
         strategy.pooled_step(pool, index)
     return _entries(pool, partition.shared, comparable), start
+
+
+def _first_cohort(study: Study, benches: Mapping[SiteId, Any], steps: int) -> Cohort:
+    """The cohort that the engine gives the strategy in round 1."""
+    return Cohort(
+        tuple(Member(site, benches[site].num_examples) for site in sorted(benches)),
+        steps=steps,
+        round=1,
+        rng_seed=seeds.derive(study.seed, "strategy", 1),
+    )
 
 
 def _normalised(

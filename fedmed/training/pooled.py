@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.message import SiteId, State
+from fedmed.strategy import Cohort
 from fedmed.training.trainer import TrainingBatch
 
 
@@ -30,6 +31,8 @@ class PooledTraining:
         optimizer: The study's optimiser over all distinct parameters.
         lr: Its learning rate.
         memory: Moments of methods with an optimiser of their own.
+        cohort: The sites as the federated server sees them in its first round, for
+            methods that draw some of them in each step.
     """
 
     models: Mapping[SiteId, nn.Module]
@@ -39,6 +42,7 @@ class PooledTraining:
     optimizer: torch.optim.Optimizer
     lr: float
     memory: State = field(default_factory=dict)
+    cohort: Cohort | None = None
 
     @property
     def model(self) -> nn.Module:
