@@ -135,6 +135,7 @@ class Engine:
     checkpoints: Checkpoints | None = None
     _tokens: dict[SiteId, str] = field(default_factory=dict)
     _kept: Kept = field(default_factory=Kept)
+    _first_steps: list[int] = field(default_factory=lambda: [0])
 
     def run(self, server: Server, best: float | None = None) -> tuple[Server, bool]:
         """Run all rounds after `server.round`; returns the server and "finished"."""
@@ -224,17 +225,26 @@ class Engine:
 
     def _cohort(self, number: int) -> Cohort:
         """The sites of a round: all that train, or the study's draw of them."""
-        study = self.study
-        drawn = draw(
-            self.members, study.sites_per_round, seed=study.seed, number=number
-        )
+        drawn = self._drawn(number)
         return Cohort(
             drawn,
             steps=self._steps(drawn),
             round=number,
-            rng_seed=seeds.derive(study.seed, "strategy", number),
+            rng_seed=seeds.derive(self.study.seed, "strategy", number),
             num_sites=len(self.members),
+            first_step=self._first_step(number),
         )
+
+    def _drawn(self, number: int) -> tuple[Member, ...]:
+        study = self.study
+        return draw(self.members, study.sites_per_round, seed=study.seed, number=number)
+
+    def _first_step(self, number: int) -> int:
+        """Count the steps of all rounds before; rounds may differ in length."""
+        found = self._first_steps
+        while len(found) < number:
+            found.append(found[-1] + self._steps(self._drawn(len(found))))
+        return found[number - 1]
 
     def _steps(self, members: tuple[Member, ...]) -> int:
         train = self.study.train
@@ -308,6 +318,7 @@ class Engine:
                 # Who keeps nothing has staged nothing to go on from.
                 "after": token if self._kept.tells.get(site, True) else "",
                 "version": self._kept.rounds.get(site, 0),
+                "first_step": self._first_step(number),
                 "values": content.values,
                 "states": content.states,
             }

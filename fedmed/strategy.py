@@ -103,6 +103,7 @@ class Cohort:
         rng_seed: Seed for the strategy's own draws in this round.
         num_sites: All training sites, of which the members may be a draw; 0 = these
             members are all.
+        first_step: Number of the round's first step over all rounds, from 0.
     """
 
     members: tuple[Member, ...]
@@ -110,6 +111,7 @@ class Cohort:
     round: int
     rng_seed: int
     num_sites: int = 0
+    first_step: int = 0
 
     def __post_init__(self) -> None:
         """Count the members where nobody said how many sites there are."""
@@ -163,6 +165,8 @@ class Server:
         optimizer: The study's optimiser, used by `descend`.
         clip_norm: Largest L2 norm of a gradient, None = unlimited.
         round: The last finished round, 0 before training.
+        step: The step to be taken next, over all rounds, from 0; with `sync: round`
+            the round's first.
     """
 
     shared: State
@@ -172,6 +176,7 @@ class Server:
     optimizer: OptimizerSpec
     clip_norm: float | None = None
     round: int = 0
+    step: int = 0
 
     def remember(self, **states: State) -> Server:
         """Give a server with some memory replaced."""
@@ -254,10 +259,15 @@ class Outcome:
 
 @runtime_checkable
 class SiteContext(Protocol):
-    """A hospital as an `at_site` method sees it: batches and tensors, no network."""
+    """A hospital as an `at_site` method sees it: batches and tensors, no network.
+
+    Attributes:
+        first_step: Number of the round's first step over all rounds, from 0.
+    """
 
     site_id: SiteId
     round: int
+    first_step: int
     num_examples: int
     steps: int
     keeps_optimizer: bool
@@ -354,9 +364,11 @@ class Strategy(abc.ABC):
 
     def run_round(self, server: Server, cohort: Cohort) -> ServerHalf:
         """One round in the mode that the study asks for."""
+        server = replace(server, step=cohort.first_step)
         if self.sync == "round":
             return (yield from self.round(server, cohort))
         for index in range(cohort.steps):
+            server = replace(server, step=cohort.first_step + index)
             server = yield from self.step(server, cohort, index)
         return server
 

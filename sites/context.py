@@ -351,12 +351,16 @@ class HospitalContext:
         bench: The hospital's workbench.
         private: What the site kept after the last acknowledged message.
         number: The round.
+        first_step: Number of its first step over all rounds.
     """
 
-    def __init__(self, bench: Workbench, private: Private, number: int) -> None:
+    def __init__(
+        self, bench: Workbench, private: Private, number: int, *, first_step: int = 0
+    ) -> None:
         self._bench = bench
         self.private = private
         self.round = number
+        self.first_step = first_step
         self.site_id = bench.site_id
         self.num_examples = bench.num_examples
         self.steps = bench.steps

@@ -213,7 +213,8 @@ class Host:
         action = self._action(message.kind)
         number = int(message.header["round"])
         private = self._private(message)
-        context = HospitalContext(self._bench, private, number)
+        first = int(message.header.get("first_step", 0))
+        context = HospitalContext(self._bench, private, number, first_step=first)
         outcome = action(context, **arguments(message))
         if outcome.private is not None:
             private = outcome.private

@@ -51,6 +51,7 @@ def gradient_outcome(
     *,
     loss: float | None = None,
     share: float = 1.0,
+    memory: str = OPTIMIZER,
 ) -> Outcome:
     """Let the shared gradient leave, and step with the rest of it here.
 
@@ -60,29 +61,30 @@ def gradient_outcome(
         gradient: By name; of shared and of kept trainable entries.
         loss: The site's own training loss, for the record.
         share: Factor of the gradient of kept entries.
+        memory: Name of their optimiser's memory in the private value.
     """
     shared = set(site.partition.shared)
     own = {name: share * g for name, g in gradient.items() if name not in shared}
     # By their own norm: the norm over all entries of all sites is nobody's here, so
     # with a clip_norm that binds, `sync: step` is close to the pooled step, not equal.
     own = clip(own, site.trainer.clip_norm)
-    memory: State = {}
-    if own:
-        memory = _descend_in_place(site, model, own)
+    moments = _descend_in_place(site, model, own, memory) if own else {}
     payload = Gradient(
         num_examples=site.num_examples,
         values={} if loss is None else {"loss": loss},
         state={name: g for name, g in gradient.items() if name in shared},
         buffers=_shared_buffers(site, model),
     )
-    return Outcome(payload, site.keep(model, **({OPTIMIZER: memory} if memory else {})))
+    return Outcome(payload, site.keep(model, **({memory: moments} if moments else {})))
 
 
-def _descend_in_place(site: SiteContext, model: nn.Module, gradient: State) -> State:
+def _descend_in_place(
+    site: SiteContext, model: nn.Module, gradient: State, memory: str
+) -> State:
     named = dict(model.named_parameters())
-    memory = memory_like(site.private.states.get(OPTIMIZER, {}), named)
-    step_in_place(named, gradient, site.trainer.optimizer, memory)
-    return memory
+    moments = memory_like(site.private.states.get(memory, {}), named)
+    step_in_place(named, gradient, site.trainer.optimizer, moments)
+    return moments
 
 
 def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
@@ -152,10 +154,24 @@ def local_training(
     return trained_outcome(site, model, result)
 
 
-def share_of(weights: Mapping[SiteId, float]) -> dict[SiteId, dict[str, float]]:
-    """Each site's normalised weight, as per-site content of an exchange."""
-    total = sum(weights[site] for site in sorted(weights))
-    return {site: {"share": weights[site] / total} for site in weights}
+def share_of(
+    weights: Mapping[SiteId, float], *, total: bool = False
+) -> dict[SiteId, dict[str, float]]:
+    """Each site's part in the pooled loss, as per-site content of an exchange.
+
+    Args:
+        weights: By site.
+        total: The pooled loss is the sum over the sites, not their mean: parts add up
+            to the number of sites that have a weight.
+    """
+    count = num_weighted(weights) if total else 1
+    whole = sum(weights[site] for site in sorted(weights))
+    return {site: {"share": count * weights[site] / whole} for site in weights}
+
+
+def num_weighted(weights: Mapping[SiteId, float]) -> int:
+    """Count the sites that take part: those of weight above 0."""
+    return sum(weight > 0 for weight in weights.values())
 
 
 def present(weights: Mapping[SiteId, float], replies: Replies) -> dict[SiteId, float]:
@@ -164,12 +180,28 @@ def present(weights: Mapping[SiteId, float], replies: Replies) -> dict[SiteId, f
 
 
 def stepped(
-    server: Server, replies: Replies, weights: Mapping[SiteId, float]
+    server: Server,
+    replies: Replies,
+    weights: Mapping[SiteId, float],
+    *,
+    total: bool = False,
+    memory: str = OPTIMIZER,
 ) -> Server:
-    """Average gradients, take the server's optimiser step, merge statistics."""
+    """Average gradients, take the server's optimiser step, merge statistics.
+
+    Args:
+        server: The server before.
+        replies: Gradients.
+        weights: Of all sites asked.
+        total: Add the gradients up over the sites that answered instead.
+        memory: Name of the optimiser's memory; one for each phase of a method.
+    """
     weights = present(weights, replies)
     gradient = weighted_mean(states_of(replies, "state"), weights)
-    server = server.descend(gradient)
+    if total:
+        count = num_weighted(weights)
+        gradient = {name: count * g for name, g in gradient.items()}
+    server = server.descend(gradient, memory=memory)
     return server.with_shared(server.merge(states_of(replies, "buffers"), weights))
 
 

@@ -71,11 +71,19 @@ class Trainer:
         """Mean loss of one batch, differentiable."""
         return self.loss(*self.logits(model, batch))
 
-    def logits(self, model: nn.Module, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Logits (B, L, ...) and labels (B, ...) of one batch, on the device."""
+    def logits(
+        self, network: Callable[..., Any], batch: TrainingBatch
+    ) -> tuple[Any, Tensor]:
+        """What a network gives for a batch, and labels (B, ...), on the device.
+
+        Args:
+            network: Called with the images and the site: the model for logits
+                (B, L, ...), or one of its methods.
+            batch: The batch.
+        """
         images, labels = self._sent(batch)
         with self._autocast():
-            return model(images, site=self.site_id), labels
+            return network(images, site=self.site_id), labels
 
     def gradient(self, model: nn.Module, batch: TrainingBatch) -> tuple[State, float]:
         """Gradient of the batch's loss with respect to every trainable parameter.
