@@ -17,6 +17,9 @@ import torch
 from fedmed.errors import WireError
 from fedmed.message import Message, State
 
+CLASS_STATISTIC = "class_statistic"
+"""Name in `extra` of a `ClassStatistic` that travels with weights."""
+
 _SEPARATOR = "/"
 
 
@@ -39,11 +42,14 @@ class Weights(Payload):
 
     Attributes:
         state: Shared entries only.
-        extra: Named further states, e.g. SCAFFOLD's change of control variate.
+        extra: Named further states, e.g. SCAFFOLD's change of control variate. What is
+            named `CLASS_STATISTIC` is one: a policy checks the reply as both kinds.
+        min_count: As of a `ClassStatistic`, of the one in `extra`.
     """
 
     state: State = field(default_factory=dict)
     extra: Mapping[str, State] = field(default_factory=dict)
+    min_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,19 @@ KINDS: Mapping[str, type[Payload]] = {
     )
 }
 """Every kind of payload by its name; a policy names them."""
+
+
+def kinds_in(message: Message) -> tuple[str, ...]:
+    """Name every kind of payload that a message carries, its own first.
+
+    Example:
+        >>> told = {CLASS_STATISTIC: {"rows": torch.ones(2, 2)}}
+        >>> kinds_in(to_message(Weights(extra=told)))
+        ('Weights', 'ClassStatistic')
+    """
+    start = f"extra/{CLASS_STATISTIC}/"
+    carries = any(name.startswith(start) for name in message.tensors)
+    return (message.kind, *(["ClassStatistic"] if carries else []))
 
 
 def _flatten(prefix: str, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,8 @@
 The server can neither read nor change it. `policy.yaml`, every key:
 
     allowed_kinds: [Card, Metrics, Weights, Gradient]   # required; see fedmed.payload
-    min_count: 100            # voxels or cases behind every class of a ClassStatistic
+    min_count: 100            # voxels or cases behind every class of a ClassStatistic,
+                              # also of one that travels with Weights
     max_update_norm: 50.0     # L2 norm of all floating tensors of one message
     max_message_bytes: 500000000
     max_rounds: 200           # nothing but Card leaves in a later round
@@ -37,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedmed import exact_json, seeds
 from fedmed.errors import ConfigError, PolicyError
 from fedmed.message import Message, SiteId
-from fedmed.payload import KINDS
+from fedmed.payload import KINDS, kinds_in
 from fedmed.spelling import nearest
 from sites.case_names import CaseNames
 
@@ -199,17 +200,18 @@ def _refuse(message: Message, rule: str, why: str) -> PolicyError:
 def _check_kind_and_round(
     policy: Policy, message: Message, context: PolicyContext
 ) -> None:
-    if message.kind not in policy.allowed_kinds:
-        raise _refuse(
-            message, "allowed_kinds", f"which lists {', '.join(policy.allowed_kinds)}"
-        )
+    for kind in kinds_in(message):
+        if kind not in policy.allowed_kinds:
+            listed = f"which lists {', '.join(policy.allowed_kinds)}"
+            why = listed if kind == message.kind else f"it holds a {kind}; {listed}"
+            raise _refuse(message, "allowed_kinds", why)
     last = policy.max_rounds
     if last is not None and context.round > last and message.kind != "Card":
         raise _refuse(message, "max_rounds", f"round {context.round} is after {last}")
 
 
 def _check_counts(policy: Policy, message: Message) -> None:
-    if message.kind not in _COUNTED_KINDS or policy.min_count == 0:
+    if _COUNTED_KINDS.isdisjoint(kinds_in(message)) or policy.min_count == 0:
         return
     count = message.header.get("min_count", 0)
     if not isinstance(count, int) or count < policy.min_count:

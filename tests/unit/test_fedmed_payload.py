@@ -51,7 +51,7 @@ def test_tensors_are_flat_and_named_by_their_state():
         *("state/conv.weight", "state/odd/name", "extra/moment/x"),
         *("extra/control/conv.weight", "extra/control/odd/name"),
     }
-    assert set(message.header) == {"num_examples", "values"}
+    assert set(message.header) == {"num_examples", "values", "min_count"}
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,37 @@ def test_s5_small_groups_stay(count: int, passes: bool) -> None:
             enforce(policy(), message, context=CONTEXT)
 
 
+def with_statistic(count: int) -> Message:
+    told = {"class_statistic": {"rows": torch.ones(2, 2)}}
+    return to_message(
+        Weights(5, state={"w": torch.ones(3)}, extra=told, min_count=count)
+    )
+
+
+@pytest.mark.parametrize(("count", "passes"), [(0, False), (9, False), (10, True)])
+def test_small_groups_stay_also_when_they_travel_with_weights(
+    count: int, passes: bool
+) -> None:
+    message = with_statistic(count)
+    if passes:
+        assert enforce(policy(), message, context=CONTEXT) == message
+    else:
+        with pytest.raises(PolicyError, match=f"Weights.*'min_count'.*{count} "):
+            enforce(policy(), message, context=CONTEXT)
+    plain = to_message(Weights(5, state={"w": torch.ones(3)}))
+    assert enforce(policy(), plain, context=CONTEXT) == plain
+
+
+def test_weights_with_a_statistic_leave_only_if_both_kinds_may() -> None:
+    for kinds in (("Weights",), ("ClassStatistic",)):
+        with pytest.raises(PolicyError, match="'allowed_kinds'"):
+            enforce(policy(allowed_kinds=kinds), with_statistic(50), context=CONTEXT)
+    both = policy(allowed_kinds=("Weights", "ClassStatistic"))
+    enforce(both, with_statistic(50), context=CONTEXT)
+    other = to_message(Weights(5, extra={"control": {"w": torch.ones(3)}}))
+    enforce(policy(allowed_kinds=("Weights",)), other, context=CONTEXT)
+
+
 def test_max_update_norm() -> None:
     bounded = policy(max_update_norm=5.0)
     enforce(bounded, gradient(3.0, 4.0), context=CONTEXT)
