@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedmed.errors import ConfigError
+from fedmed.spelling import nearest
 from sites.phantoms.tissues import FIELDS_T
 
 MODALITIES = ("t2w", "t1w", "bssfp", "t2_spir", "ct", "xray")
@@ -114,10 +114,10 @@ def demand_known(name: str, known: Iterable[str], *, what: str) -> None:
     if name in names:
         return
     folded = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.0)
-    nearest = folded[close[0]] if close else "none"
+    near = nearest(str(name).lower(), folded, cutoff=0.0)
     raise ConfigError(
-        f"Unknown {what}: {name!r}. The nearest known one is {nearest!r}.",
+        f"Unknown {what}: {name!r}. The nearest known one is "
+        f"{folded[near] if near else 'none'!r}.",
         hint=f"Known: {', '.join(names)}.",
     )
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sites.phantoms import abdomen, brain, chest, heart, hospitals, prostate
+from sites.phantoms import (
+    abdomen,
+    brain,
+    chest,
+    heart,
+    hospitals,
+    mr_ct_hospitals,
+    prostate,
+)
 from sites.phantoms.canvas import Anatomy
 from sites.phantoms.hospitals import Hospital
 
@@ -87,6 +95,20 @@ _PRESETS = (
         "abdomen",
         hospitals.ABDOMEN_SITES,
         "Chen, Dou et al., SIFA, IEEE TMI 2020",
+    ),
+    Preset(
+        "heart_2mr_2ct",
+        "Heart structures in MRI and CT, two unlike scanners for each",
+        "heart",
+        mr_ct_hospitals.HEART_FOUR_SITES,
+        "Dou, Liu, Heng and Glocker, UMMKD, IEEE TMI 2020, with two sites more",
+    ),
+    Preset(
+        "abdomen_2mr_2ct",
+        "Abdominal organs in MRI and CT, two unlike scanners for each",
+        "abdomen",
+        mr_ct_hospitals.ABDOMEN_FOUR_SITES,
+        "Dou, Liu, Heng and Glocker, UMMKD, IEEE TMI 2020, with two sites more",
     ),
     Preset(
         "chest_xray",

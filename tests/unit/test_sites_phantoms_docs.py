@@ -1,10 +1,13 @@
 """The tables in docs/phantom.md are those of the code."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from sites.phantoms.acquisition import hounsfield, mr_signal
 from sites.phantoms.presets import PRESETS
+from sites.phantoms.tissues import CODE, relaxation_ms
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "phantom.md"
 
@@ -56,3 +59,35 @@ def test_the_findings_preset_differs_in_prevalence_only():
         for hospital in PRESETS["chest_xray_findings"].hospitals.values()
     ]
     assert "{:g}, {:g}\nand {:g}".format(*shares) in text
+
+
+TISSUE_OF = {
+    "bone": "cortical_bone",
+    "blood of the left side": "blood",
+    "blood of the right side": "venous_blood",
+    "cortex of the kidney": "kidney_cortex",
+}
+
+
+def brightness(dials):
+    if dials.modality == "ct":
+        return hounsfield(dials)
+    t1, t2 = (relaxation_ms(name, dials.field_t) for name in ("t1_ms", "t2_ms"))
+    return mr_signal(dials, t1_ms=t1, t2_ms=t2)
+
+
+@pytest.mark.parametrize("anatomy", ["heart", "abdomen"])
+def test_tissues_are_as_bright_as_the_document_orders_them(anatomy):
+    hospitals = PRESETS[f"{anatomy}_2mr_2ct"].hospitals
+    text = DOCUMENT.read_text(encoding="utf-8")
+    rows = text.split(f"| hospital | {anatomy} |")[1].split("\n\n")[0].splitlines()
+    told = set()
+    for line in rows[2:]:
+        sites, names = (cell.strip() for cell in line.strip("|").split("|"))
+        tissues = [name.strip("* ") for name in names.split(",")]
+        codes = [CODE[TISSUE_OF.get(name, name)] for name in tissues]
+        for site_id in re.split(", ", sites):
+            levels = brightness(hospitals[site_id].dials)[codes].tolist()
+            assert levels == sorted(levels, reverse=True), site_id
+            told.add(site_id)
+    assert told == set(hospitals)
