@@ -137,7 +137,9 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
     section = study.model
     has_dims = _has_dims(section.name, section.mode)
 
-    def build(**changes: Any) -> nn.Module:
+    def build(*, draw: str = "", **changes: Any) -> nn.Module:
+        # Another draw of initial weights, for methods with several networks.
+        draws = ("network", draw) if draw else ("network",)
         options = {**section.options, **changes}
         name = str(options.pop("name", section.name))
         if has_dims:
@@ -146,7 +148,7 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
             name,
             in_channels=task.num_channels * section.slices,
             num_classes=len(task.class_names),
-            seed=seeds.derive(study.seed, "network"),
+            seed=seeds.derive(study.seed, *draws),
             dtype=DTYPES[settled_precision(study)],
             **options,
         )
