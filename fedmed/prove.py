@@ -165,6 +165,7 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
         optimizer=spec.build(distinct_parameters(models)),
         lr=spec.lr,
         cohort=_first_cohort(study, benches, steps),
+        make_optimizer=spec.build,
     )
     comparable = {
         entry.name

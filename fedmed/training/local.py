@@ -92,6 +92,23 @@ def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
     return {n: t for n, t in site.shared_of(model).items() if n in buffers}
 
 
+def step_here(
+    site: SiteContext, model: nn.Module, objective: Tensor, memory: State
+) -> None:
+    """Take one step of the study's optimiser at the site, in place.
+
+    Args:
+        site: The hospital.
+        model: The live network.
+        objective: Scalar; what it does not depend on stands still.
+        memory: Of this optimiser, on the network's device; moved along.
+    """
+    gradient = site.trainer.gradient_of(model, objective)
+    gradient = clip(gradient, site.trainer.clip_norm)
+    named = dict(model.named_parameters())
+    step_in_place(named, gradient, site.trainer.optimizer, memory)
+
+
 def train_here(
     site: SiteContext,
     weights: State,

@@ -31,6 +31,8 @@ class PooledTraining:
         optimizer: The study's optimiser over all distinct parameters.
         lr: Its learning rate.
         memory: Moments of methods with an optimiser of their own.
+        make_optimizer: Makes another torch optimiser of the study's kind.
+        optimizers: Those made so far, by name.
         cohort: The sites as the federated server sees them in its first round, for
             methods that draw some of them in each step.
     """
@@ -43,11 +45,35 @@ class PooledTraining:
     lr: float
     memory: State = field(default_factory=dict)
     cohort: Cohort | None = None
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
         """The first network: the place of the shared parameters."""
         return self.models[min(self.models)]
+
+    @property
+    def shares(self) -> dict[SiteId, float]:
+        """Factor of each site's loss where the pooled loss is a sum over the sites."""
+        return {site: len(self.weights) * w for site, w in self.weights.items()}
+
+    def optimizer_of(self, name: str) -> torch.optim.Optimizer:
+        """Give the optimiser of one phase of a method, made when first asked for.
+
+        It has memory of its own for every parameter of all networks; a step leaves
+        alone those without a gradient.
+        """
+        if name not in self.optimizers:
+            assert self.make_optimizer is not None
+            parameters = distinct_parameters(self.models)
+            self.optimizers[name] = self.make_optimizer(parameters)
+        return self.optimizers[name]
+
+    def forget_gradients(self) -> None:
+        """Let no parameter of any network have a gradient."""
+        for network in self.models.values():
+            network.zero_grad(set_to_none=True)
 
 
 def tied(
@@ -79,8 +105,7 @@ def pooled_gradient(pool: PooledTraining, index: int) -> State:
         The gradient of the first network's parameters, by name; every parameter's
         `grad` is set.
     """
-    for network in pool.models.values():
-        network.zero_grad(set_to_none=True)
+    pool.forget_gradients()
     batches = pool.batches(index)
     terms = [
         pool.weights[site]
@@ -112,3 +137,23 @@ def optimizer_change(
     start = {name: p.detach().clone() for name, p in named.items()}
     pooled_step(pool, index)
     return {name: (start[name], p.detach() - start[name]) for name, p in named.items()}
+
+
+def functional_loss(
+    pool: PooledTraining,
+    site: SiteId,
+    batch: TrainingBatch,
+    weights: Mapping[str, Tensor],
+) -> Tensor:
+    """Loss of one site's batch at weights that are not the network's own.
+
+    Args:
+        pool: The pooled side.
+        site: Whose network's running statistics take part and move.
+        batch: The site's batch.
+        weights: In place of parameters of these names; may be part of a graph.
+    """
+    logits = torch.func.functional_call(
+        pool.models[site], dict(weights), (batch.images,), {"site": site}
+    )
+    return pool.loss(logits, batch.labels)
