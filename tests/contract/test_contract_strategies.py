@@ -148,7 +148,8 @@ def test_only_declared_kinds_leave_and_only_shared_entries(name, sync):
     shared = set(result.shared)
     model_kinds = [m for m in replies if m.kind in {"Weights", "Gradient"}]
     names = {name.split("/", 1)[1] for m in model_kinds for name in m.tensors}
-    assert {n for n in names if not n.startswith("control/")} <= shared
+    extra = ("control/", "class_statistic/")
+    assert {n for n in names if not n.startswith(extra)} <= shared
 
 
 @every_case
@@ -345,6 +346,13 @@ def test_what_claims_to_equal_its_pooled_method_does(name, setting):
     assert found.num_compared > 200
 
 
+UMMKD = [
+    ("ummkd", "min_count=1"),
+    ("ummkd", "{weighting: examples, min_count: 1, kd_weight: 3.0, half: true}"),
+    ("ummkd", "{site_reduction: mean, min_count: 20, divide_by: all}"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "option"),
     [
@@ -353,10 +361,14 @@ def test_what_claims_to_equal_its_pooled_method_does(name, setting):
         ("fedavgm", "beta=0.5"),
         ("fedadam", "tau=1.0"),
         ("fedbn", "weighting=examples"),
+        *UMMKD,
     ],
 )
 def test_the_proof_holds_for_other_constants(name, option):
-    found = proof(name, f"strategy.{option}", "train.optimizer.weight_decay=0.1")
+    changed = f"strategy.{option}"
+    if option.startswith("{"):
+        changed = f"strategy={option}".replace("{", f"{{name: {name}, sync: step, ")
+    found = proof(name, changed, "train.optimizer.weight_decay=0.1")
     assert found.max_abs_diff <= 1e-12, found.where
 
 
