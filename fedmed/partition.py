@@ -3,11 +3,12 @@
 A parameter's role comes from the type of the module that owns it, its part is the
 model's top-level submodule; the letters of its name decide nothing. (A batch norm
 called `downsample.1` is found; a convolution called `bn_conv` is not taken for one.)
+An adapter is found by its type too, whatever it consists of.
 """
 
 from __future__ import annotations
 
-import difflib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,8 @@ from torch import nn
 
 from fedmed.errors import ConfigError, StateMismatchError
 from fedmed.message import State
+from fedmed.networks.adapter import Adapter
+from fedmed.spelling import nearest
 
 Role = Literal["weight", "norm_affine", "norm_statistic", "counter"]
 Scope = Literal["all", "shared", "kept"]
@@ -30,6 +33,8 @@ ROLE_WORDS: Mapping[str, frozenset[str]] = {
     "norm_statistics": frozenset({"norm_statistic", "counter"}),
 }
 """What may follow "part:"; all but "weight" may also stand alone."""
+ADAPTER_WORD = "adapter"
+"""Adapters whole, normalisation inside of them included; stands as the words above."""
 
 _Batch = nn.modules.batchnorm._NormBase
 _Normalisations = (_Batch, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -46,6 +51,7 @@ class Entry:
             "counter" is any tensor of integers; all else is "weight".
         shape: Its shape.
         dtype: Its dtype.
+        in_adapter: Whether it lies in an `Adapter`, next to its role.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Entry:
     role: Role
     shape: tuple[int, ...]
     dtype: torch.dtype
+    in_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,10 @@ class StatePartition:
             model: The model.
             keep: Words, each adding to what is kept: "none"; "all"; "norm"
                 (normalisation layers whole: FedBN); "norm_statistics" (running
-                statistics and counters: SiloBN); "norm_affine"; the name of a part,
-                e.g. "head"; or both as "part:word", where the word may also be
-                "weight".
+                statistics and counters: SiloBN); "norm_affine"; "adapter" (adapters
+                whole); the name of a part, e.g. "head", or the path of any module in
+                it, e.g. "encoder.levels.0"; or both as "part:word", where the word
+                may also be "weight".
 
         Returns:
             The partition.
@@ -94,8 +102,7 @@ class StatePartition:
         """
         entries = describe_state(model)
         words = [keep] if isinstance(keep, str) else list(keep)
-        parts = {entry.part for entry in entries}
-        tests = [_test_for(word, parts) for word in words]
+        tests = [_test_for(word, entries) for word in words]
         kept = {e.name for e in entries if any(test(e) for test in tests)}
         return cls(
             shared=tuple(e.name for e in entries if e.name not in kept),
@@ -157,6 +164,7 @@ def describe_state(model: nn.Module) -> tuple[Entry, ...]:
         ConfigError: If the state holds something that is no tensor.
     """
     owners = dict(model.named_modules(remove_duplicate=False))
+    adapters = {name for name, owner in owners.items() if isinstance(owner, Adapter)}
     entries = []
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
@@ -168,7 +176,9 @@ def describe_state(model: nn.Module) -> tuple[Entry, ...]:
         owner = owners[name.rpartition(".")[0]]
         part = name.partition(".")[0]
         role = _role(owner, name.rpartition(".")[2], tensor.dtype)
-        entries.append(Entry(name, part, role, tuple(tensor.shape), tensor.dtype))
+        inside = not adapters.isdisjoint(_paths(name))
+        shape = tuple(tensor.shape)
+        entries.append(Entry(name, part, role, shape, tensor.dtype, inside))
     return tuple(entries)
 
 
@@ -215,19 +225,51 @@ def _role(owner: nn.Module, attribute: str, dtype: torch.dtype) -> Role:
     return "norm_affine" if attribute in owner._parameters else "norm_statistic"
 
 
-def _test_for(word: str, parts: set[str]) -> Callable[[Entry], bool]:
-    if word in ROLE_WORDS and word != "weight":
+def _paths(name: str) -> tuple[str, ...]:
+    """Paths of the modules around an entry, the model's own "" included.
+
+    Example:
+        >>> _paths("encoder.levels.0.weight")
+        ('', 'encoder', 'encoder.levels', 'encoder.levels.0')
+    """
+    steps = name.split(".")[:-1]
+    return ("", *itertools.accumulate(steps, "{}.{}".format))
+
+
+def _test_for(word: str, entries: tuple[Entry, ...]) -> Callable[[Entry], bool]:
+    if word != "weight" and (by_role := _role_test(word)):
+        return by_role
+    parts = {entry.part for entry in entries}
+    places = parts.union(*(_paths(entry.name)[1:] for entry in entries))
+    if word in places:
+        return lambda entry: _lies_in(entry, word)
+    place, colon, what = word.partition(":")
+    by_role = _role_test(what) if colon else None
+    if by_role and place in places:
+        return lambda entry: _lies_in(entry, place) and by_role(entry)
+    raise _unknown_word(word, parts, places)
+
+
+def _role_test(word: str) -> Callable[[Entry], bool] | None:
+    if word == ADAPTER_WORD:
+        return lambda entry: entry.in_adapter
+    if word in ROLE_WORDS:
         return lambda entry: entry.role in ROLE_WORDS[word]
-    if word in parts:
-        return lambda entry: entry.part == word
-    part, colon, role = word.partition(":")
-    if colon and part in parts and role in ROLE_WORDS:
-        return lambda entry: entry.part == part and entry.role in ROLE_WORDS[role]
-    known = [w for w in ROLE_WORDS if w != "weight"] + sorted(parts)
-    known += [f"{p}:{r}" for p in sorted(parts) for r in ROLE_WORDS] if colon else []
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    raise ConfigError(
+    return None
+
+
+def _lies_in(entry: Entry, place: str) -> bool:
+    return entry.part == place or place in _paths(entry.name)
+
+
+def _unknown_word(word: str, parts: set[str], places: set[str]) -> ConfigError:
+    roles = [*ROLE_WORDS, ADAPTER_WORD]
+    known = [role for role in roles if role != "weight"] + sorted(places)
+    if ":" in word:
+        known += [f"{place}:{role}" for place in sorted(places) for role in roles]
+    return ConfigError(
         f"unknown word {word!r} for what a site keeps",
-        hint=f"nearest is {near!r}; known are {', '.join(ROLE_WORDS)}, the parts "
-        f"{', '.join(sorted(parts))}, and part:word",
+        hint=f"nearest is {nearest(word, known, cutoff=0.0)!r}; known are "
+        f"{', '.join(roles)}, the parts {', '.join(sorted(parts))}, paths of modules "
+        "in them, and part:word",
     )

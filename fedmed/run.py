@@ -22,7 +22,6 @@ from fedmed.engine import Engine, restored
 from fedmed.errors import ConfigError, FedMedError
 from fedmed.join import Joined, join
 from fedmed.message import SiteId
-from fedmed.partition import StatePartition
 from fedmed.preflight import (
     check_choices,
     check_folder,
@@ -276,7 +275,7 @@ def newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
 def fresh_server(study: Study, task: Task, strategy: Strategy) -> Server:
     """The server before round 1: initial weights, no memory."""
     model = _built(study, task, strategy)
-    partition = StatePartition.of(model, strategy.keeps)
+    partition = strategy.partition(model)
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     shared, _ = partition.split(state)
     return Server(

@@ -326,6 +326,7 @@ class Strategy(abc.ABC):
         syncs: The modes that make sense for the method.
         keeps: Words for `StatePartition.of`: what of the network stays at the site.
         pools_data: Simulation only: one process sees the data of all sites.
+        published_model: `model` section of the publication; empty = any network.
     """
 
     sync: Sync = "round"
@@ -339,10 +340,15 @@ class Strategy(abc.ABC):
     syncs: ClassVar[tuple[Sync, ...]] = ("step", "round")
     keeps: ClassVar[tuple[str, ...]] = ()
     pools_data: ClassVar[bool] = False
+    published_model: ClassVar[Mapping[str, Any]] = {}
 
-    def network(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """Compose the networks of the method; the study's network by default."""
+    def network(self, build: Callable[..., nn.Module]) -> nn.Module:
+        """Compose the networks of the method; `build` takes changes of `model`."""
         return build()
+
+    def partition(self, model: nn.Module) -> StatePartition:
+        """Divide the network into what is shared and what stays at the site."""
+        return StatePartition.of(model, self.keeps)
 
     def initial(self, server: Server) -> Server:
         """Add what the method remembers before the first round."""

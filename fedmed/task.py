@@ -68,6 +68,15 @@ def resolve_device(name: str) -> str:
     return name
 
 
+_MODES: Mapping[str, tuple[str, ...]] = {
+    "unet": ("slice", "patch"),
+    "residual_unet": ("slice", "patch"),
+    "dilated_residual": ("slice",),
+    "unet_3d_pairs": ("patch",),
+    "classifier": ("image",),
+    "mlp": ("row",),
+}
+"""Our own networks, and what each can be fed."""
 _OWN_NETWORKS = {"slice": "unet", "patch": "unet", "image": "classifier", "row": "mlp"}
 
 
@@ -93,10 +102,11 @@ def check_fit(study: Study, task: Task) -> None:
         raise ConfigError(
             f"model.mode is {section.mode!r}, and the data {seen}", hint=f"Set {hint}."
         )
-    own = set(_OWN_NETWORKS.values())
-    if section.name in own and section.name != _OWN_NETWORKS[section.mode]:
+    if section.mode not in _MODES.get(section.name, fitting):
         raise ConfigError(
-            f"model.name is {section.name!r}, and the data {seen}", hint=f"Set {hint}."
+            f"model.name is {section.name!r} in mode {section.mode!r}, and the data "
+            f"{seen}",
+            hint=f"Set {hint}.",
         )
     if has_classes and study.split.by == "slices":
         raise ConfigError(
@@ -157,8 +167,8 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
 
 
 def _has_dims(name: str, mode: str) -> bool:
-    if name in {"unet", "classifier"}:
-        return True
+    if name in _MODES:
+        return name != "mlp"
     if mode != "image" or not name.startswith("monai:"):
         return False
     try:

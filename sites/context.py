@@ -88,7 +88,7 @@ class Workshop:
     @functools.cached_property
     def partition(self) -> StatePartition:
         """What of the network is shared."""
-        return StatePartition.of(self.model, self.strategy.keeps)
+        return self.strategy.partition(self.model)
 
     @functools.cached_property
     def modules(self) -> tuple[nn.Module, ...]:

@@ -1,7 +1,7 @@
 """Build a network from the words of a study, with weights that depend on the seed only.
 
-A name is a file of this folder (`unet`, `classifier`, `mlp`), a MONAI network
-(`monai:UNETR`) or a class anywhere (`package.module:Class`).
+A name is a file of this folder (`unet`, `residual_unet`, `classifier`...), a MONAI
+network (`monai:UNETR`) or a class anywhere (`package.module:Class`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from torch import nn
 
 from fedmed import networks
 from fedmed.errors import ConfigError
+from fedmed.networks.adapter import Adapter, add_adapters
 from fedmed.networks.foreign import accepting_site, load_class
 from fedmed.networks.monai import make_monai_network
 from fedmed.networks.normalisation import Norm
 from fedmed.networks.options import check_options, nearest
+from fedmed.networks.squeeze import add_gates
 from fedmed.seeds import derive, torch_rng
+from fedmed.spelling import did_you_mean
 
 _NORM_OPTIONS = {
     "norm": "kind",
@@ -32,7 +36,19 @@ _NORM_OPTIONS = {
     "norm_max_groups": "max_groups",
     "norm_affine": "affine",
 }
-_NO_NETWORKS = ("build", "foreign", "monai", "normalisation", "options")
+_NO_NETWORKS = (
+    "adapter",
+    "block",
+    "build",
+    "foreign",
+    "monai",
+    "normalisation",
+    "options",
+    "squeeze",
+    "with_auxiliary",
+)
+ADDITIONS = ("nothing", "squeeze", "series_adapter", "parallel_adapter")
+"""What `add` may name."""
 _Convolution = nn.modules.conv._ConvNd
 _Transposed = nn.modules.conv._ConvTransposeNd
 
@@ -55,6 +71,14 @@ def build_network(
     different networks start equal, in every dtype. Foreign networks initialise
     themselves from `seed`. Torch's global random state stays as it was.
 
+    Every network takes `add`: "squeeze" puts a gate after every block, of reduction
+    `squeeze_reduction` (16); "series_adapter" and "parallel_adapter" put an adapter
+    beside every convolution larger than 1x1. Other layers keep their names and their
+    initial weights.
+
+    `preset` names a set of options that a network of ours has ("paper", "tiny");
+    options beside it count more.
+
     Args:
         name: "unet", "mlp", "monai:<Class>" or "package.module:Class".
         in_channels: Channels of the images (times slices, in 2.5D); features of a
@@ -69,7 +93,8 @@ def build_network(
         A network called as `network(images, site=None)`, in training mode.
 
     Raises:
-        ConfigError: Unknown name, option or value; the message names the nearest.
+        ConfigError: Unknown name, option, preset or value; the message names the
+            nearest.
         MissingDependencyError: If the network needs a package that is not there.
 
     Example:
@@ -78,21 +103,59 @@ def build_network(
         ['decoder', 'encoder', 'head']
     """
     sizes = {"in_channels": in_channels, "num_classes": num_classes}
+    options = with_preset(name, options)
+    added = {
+        "what": options.pop("add", "nothing"),
+        "reduction": options.pop("squeeze_reduction", 16),
+    }
     with _private_random_state(derive(seed, "initial_weights")):
         if name.startswith("monai:"):
             network = make_monai_network(
                 name.removeprefix("monai:"), **sizes, options=options
             )
+            _add(network, **added, norm=Norm())
         elif ":" in name:
             foreign = accepting_site(load_class(name))
             network = _make(foreign, {**sizes, **options}, name=name)
+            _add(network, **added, norm=Norm())
         else:
             norm = _norm(options, site_ids)
             rest = {k: v for k, v in options.items() if k not in _NORM_OPTIONS}
             arguments = {**sizes, **rest, "norm": norm}
             network = _make(_own_class(name), arguments, name=name)
+            _add(network, **added, norm=norm)
             initialise(network, seed)
     return network.to(dtype)
+
+
+def with_preset(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a preset's options beneath a study's.
+
+    Args:
+        name: The network.
+        options: Of the study; `preset` names the preset, if there is one.
+
+    Raises:
+        ConfigError: If the network has no such preset.
+
+    Example:
+        >>> with_preset("unet", {"preset": "tiny", "levels": 2})
+        {'base_width': 8, 'levels': 2}
+    """
+    given = dict(options)
+    preset = given.pop("preset", None)
+    if preset is None:
+        return given
+    presets = {} if ":" in name else vars(_own_module(name))["PRESETS"]
+    if preset not in presets:
+        raise ConfigError(
+            f"network {name!r} has no preset {preset!r}"
+            + did_you_mean(str(preset), presets),
+            hint=f"known are {', '.join(presets)}"
+            if presets
+            else "networks of other packages have none; leave model.preset out",
+        )
+    return {**presets[preset], **given}
 
 
 def initialise(network: nn.Module, seed: int) -> None:
@@ -121,6 +184,9 @@ def initialise(network: nn.Module, seed: int) -> None:
                 f"no initial weights are known for layer {name!r} "
                 f"of type {type(module).__name__}"
             )
+    for module in network.modules():
+        if isinstance(module, Adapter):
+            module.reset()
 
 
 def known_networks() -> tuple[str, ...]:
@@ -154,15 +220,33 @@ def _norm(options: Mapping[str, Any], site_ids: Sequence[str]) -> Norm:
     return Norm(**given, site_ids=tuple(sorted(site_ids)))
 
 
-def _own_class(name: str) -> type[nn.Module]:
+def _add(network: nn.Module, *, what: Any, reduction: Any, norm: Norm) -> None:
+    if what == "squeeze":
+        add_gates(network, reduction=reduction)
+    elif what == "series_adapter":
+        add_adapters(network, "series", norm=norm)
+    elif what == "parallel_adapter":
+        add_adapters(network, "parallel", norm=norm)
+    elif what != "nothing":
+        raise ConfigError(
+            f"model.add is {what!r}{did_you_mean(str(what), ADDITIONS)}",
+            hint=f"known are {', '.join(ADDITIONS)}",
+        )
+
+
+def _own_module(name: str) -> ModuleType:
     if name not in known_networks():
         raise ConfigError(
             f"unknown network {name!r}",
             hint=f"nearest is {nearest(name, known_networks())!r}; known are "
             f"{', '.join(known_networks())}, monai:<Class> and package.module:Class",
         )
+    return importlib.import_module(f"fedmed.networks.{name}")
+
+
+def _own_class(name: str) -> type[nn.Module]:
     # One concept, one file, same name: unet.py holds UNet, ms_net.py holds MSNet.
-    members = vars(importlib.import_module(f"fedmed.networks.{name}"))
+    members = vars(_own_module(name))
     wanted = name.replace("_", "")
     found: type[nn.Module] = next(v for k, v in members.items() if k.lower() == wanted)
     return found

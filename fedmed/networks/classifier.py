@@ -6,11 +6,17 @@ encoder of one can be loaded into the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from fedmed.errors import ConfigError
 from fedmed.networks.normalisation import Norm
 from fedmed.networks.unet import Encoder, pad_to_multiple
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"tiny": {"base_width": 8, "levels": 3}}
+"""A network that trains on two cores in minutes."""
 
 
 class Classifier(nn.Module):

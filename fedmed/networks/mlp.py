@@ -7,7 +7,8 @@ feature tells the network that it was missing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn import functional
 
 from fedmed.errors import ConfigError
 from fedmed.networks.normalisation import Norm, make_norm, normalise
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {"tiny": {"widths": (16,)}}
+"""One small hidden layer."""
 
 
 class MLP(nn.Module):

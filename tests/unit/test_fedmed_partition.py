@@ -226,3 +226,78 @@ def test_a_scalar_does_not_pass_for_an_array():
     state = {"weight": torch.zeros(()), "bias": torch.zeros(3)}
     with pytest.raises(StateMismatchError, match=r"\(\), expected \(3, 4\)"):
         partition.check(state)
+
+
+def adapted(kind="series_adapter"):
+    return build_network(
+        "residual_unet",
+        in_channels=1,
+        num_classes=2,
+        base_width=2,
+        levels=3,
+        seed=0,
+        add=kind,
+    )
+
+
+def test_adapters_are_found_by_their_type_whatever_they_consist_of():
+    model = adapted()
+    entries = {e.name: e for e in describe_state(model)}
+    kept = StatePartition.of(model, ["adapter"]).kept
+    assert set(kept) == {name for name in entries if ".adapter." in name}
+    assert {entries[name].role for name in kept} == {
+        *("weight", "norm_affine", "norm_statistic", "counter")
+    }
+    # 11 kernels, of 6 entries each: V and a batch normalisation
+    assert len(kept) == 6 * len([n for n in kept if n.endswith("projection.weight")])
+
+
+def test_no_name_makes_an_adapter():
+    model = nn.Module()
+    model.adapter = nn.Conv2d(1, 1, 1)
+    assert StatePartition.of(model, ["adapter:weight"]).kept == tuple(
+        model.state_dict()
+    )
+    assert not describe_state(model)[0].in_adapter
+
+
+def test_norm_and_adapters_leave_the_shared_network_s_kernels():
+    model = adapted()
+    plain = adapted("nothing")
+    shared = StatePartition.of(model, ["norm", "adapter"]).shared
+    assert shared == StatePartition.of(plain, ["norm"]).shared
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("encoder.levels.0", lambda n: n.startswith("encoder.levels.0.")),
+        ("encoder.levels.1.enter", lambda n: n.startswith("encoder.levels.1.enter.")),
+        ("decoder:adapter", lambda n: n.startswith("decoder.") and ".adapter." in n),
+        (
+            "decoder.up.0:norm",
+            lambda n: n.startswith("decoder.up.0.") and ".norm." in n,
+        ),
+    ],
+)
+def test_a_path_chooses_a_module_and_all_in_it(word, expected):
+    model = adapted()
+    kept = StatePartition.of(model, [word]).kept
+    assert kept == tuple(name for name in model.state_dict() if expected(name))
+    assert kept
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("encoder.level.0", "encoder.levels.0"),
+        ("adaptr", "adapter"),
+        ("encoder.levels.0:nrom", "encoder.levels.0:norm"),
+        ("decoder.up.9.conv", "decoder.up.1.conv"),
+    ],
+)
+def test_an_unknown_path_names_the_nearest_known(word, near):
+    with pytest.raises(ConfigError) as caught:
+        StatePartition.of(adapted(), [word])
+    assert f"nearest is {near!r}" in caught.value.hint
+    assert "parts decoder, encoder, head" in caught.value.hint

@@ -40,6 +40,8 @@ def build(model, task, **sections):
 FITS = [
     (OUTLINES, {"name": "unet", "mode": "slice"}),
     (OUTLINES, {"name": "unet", "mode": "patch", "patch_size": (4, 4, 4)}),
+    (OUTLINES, {"name": "residual_unet", "mode": "slice"}),
+    (OUTLINES, {"name": "unet_3d_pairs", "mode": "patch", "patch_size": (8, 8, 8)}),
     (FINDINGS, {"name": "classifier", "mode": "image"}),
     (FINDINGS, {"name": "monai:DenseNet121", "mode": "image"}),
     (TABLE, {"name": "mlp", "mode": "row"}),
@@ -63,6 +65,12 @@ def test_models_for_their_data_pass(case):
         ),
         (OUTLINES, {"mode": "row", "name": "mlp"}, "'row'.*segm.*\n.*name: unet"),
         (OUTLINES, {"name": "classifier"}, "name is 'classifier'.*\n.*name: unet"),
+        (OUTLINES, {"name": "unet_3d_pairs"}, "'unet_3d_pairs' in mode 'slice'"),
+        (
+            OUTLINES,
+            {"name": "dilated_residual", "mode": "patch", "patch_size": (8, 8, 8)},
+            "'dilated_residual' in mode 'patch'",
+        ),
         (
             FINDINGS,
             {},

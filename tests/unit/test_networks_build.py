@@ -9,6 +9,7 @@ from torch import nn
 
 from fedmed.errors import ConfigError
 from fedmed.networks.build import build_network, initialise, known_networks
+from fedmed.networks.residual_unet import PRESETS
 from fedmed.networks.unet import UNet
 
 SMALL = {"in_channels": 1, "num_classes": 2, "base_width": 4, "levels": 2}
@@ -181,3 +182,32 @@ def test_built_unet_is_a_unet_in_training_mode():
     assert model.training
     assert model.encoder.levels[0].norm1.eps == 1e-3
     assert model.encoder.levels[0].norm1.momentum == 0.01
+
+
+def test_a_preset_lies_beneath_the_other_options():
+    model = build_network(
+        "residual_unet", in_channels=1, num_classes=2, seed=0, preset="tiny", levels=2
+    )
+    assert len(model.encoder.levels) == 2
+    assert model.encoder.levels[0].width == PRESETS["tiny"]["base_width"]
+    assert model.head.norm.eps == PRESETS["tiny"]["norm_eps"]
+
+
+@pytest.mark.parametrize("name", known_networks())
+def test_every_network_has_a_tiny_preset_that_can_be_built(name):
+    model = build_network(name, in_channels=2, num_classes=2, seed=0, preset="tiny")
+    assert sum(p.numel() for p in model.parameters()) < 2_500_000
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("residual_unet", {"preset": "papre"}, "did you mean 'paper'.*\n.*paper, tiny"),
+        ("mlp", {"preset": "paper"}, "no preset 'paper'.*\n.*known are tiny"),
+        ("nowhere.at_all:Net", {"preset": "paper"}, "leave model.preset out"),
+        ("unet", {"add": "squeze"}, "did you mean 'squeeze'.*\n.*series_adapter"),
+    ],
+)
+def test_an_unknown_preset_or_addition_names_the_known(name, options, words):
+    with pytest.raises(ConfigError, match=words):
+        build_network(name, in_channels=1, num_classes=2, seed=0, **options)
