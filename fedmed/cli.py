@@ -207,12 +207,16 @@ def compare(  # noqa: PLR0917
     study: StudyFile,
     overrides: Overrides = None,
     strategies: Annotated[
-        str, typer.Option(help="Names, comma-separated.")
+        str,
+        typer.Option(help="Names, comma-separated; options as ms_net[sync=round]."),
     ] = "separate,joint,fedavg,fedbn",
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
     leave_one_site_out: Annotated[
         bool, typer.Option("--leave-one-site-out", help="Hold out each site in turn.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs side by side, each in its own process.")
+    ] = 1,
     transport: Annotated[str | None, typer.Option(help="As in run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the comparison.")] = None,
     as_json: Json = False,
@@ -229,6 +233,7 @@ def compare(  # noqa: PLR0917
         strategies=_words(strategies, "--strategies"),
         seeds=_numbers(seeds),
         leave_one_site_out=leave_one_site_out,
+        jobs=jobs,
         transport=transport,
         out=out,
         as_json=as_json,
@@ -236,7 +241,9 @@ def compare(  # noqa: PLR0917
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    from fedmed.legs import split_words
+
+    words = split_words(text)
     if not words or len(set(words)) != len(words):
         raise UsageError(f"{option} needs distinct, comma-separated names: {text!r}")
     return words

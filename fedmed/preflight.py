@@ -221,8 +221,21 @@ _FREE_TO_CHANGE = (
     "checkpoint",
     "sites.ledger_digests",
     "cache",
+    "title",
+    "report",
 )
 """Keys that do not change numbers; a run may be resumed with others."""
+
+
+def what_counts(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Copy a study's mapping without the keys that do not change numbers."""
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path not in _FREE_TO_CHANGE:
+            nested = isinstance(value, Mapping)
+            kept[key] = what_counts(value, f"{path}.") if nested else value
+    return kept
 
 
 def differences(

@@ -1,40 +1,40 @@
-"""`fedmed compare`: several strategies, one study, one table, one report."""
+"""`fedmed compare`: several methods, one study, one table, one report."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from fedmed.checkpoint import Checkpoints
 from fedmed.commands.report import print_table
-from fedmed.commands.run import default_folder, execute, refuse_foreign
-from fedmed.errors import ConfigError, StorageError, UsageError
-from fedmed.preflight import check_folder
+from fedmed.commands.run import default_folder, execute, listening, refuse_foreign
+from fedmed.leg_pool import LegPool
+from fedmed.leg_progress import LegProgress
+from fedmed.legs import (
+    INDEX_FILE,
+    Leg,
+    data_hash,
+    make_legs,
+    place_legs,
+    study_of,
+    write_index,
+)
 from fedmed.report.tables import comparison_table
 from fedmed.resolve import load_strategy
 from fedmed.run import cache_folder
 from fedmed.runfolder import RunFolder
-from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Leg:
-    """One run of a comparison."""
-
-    strategy: str
-    seed: int
-    held_out: str | None
-    folder: str
+STOPPED = 130
+"""Exit code after Ctrl-C."""
 
 
 def compare_command(
@@ -44,6 +44,7 @@ def compare_command(
     strategies: tuple[str, ...],
     seeds: tuple[int, ...],
     leave_one_site_out: bool,
+    jobs: int,
     transport: str | None,
     out: Path | None,
     as_json: bool,
@@ -55,112 +56,90 @@ def compare_command(
     study = study_from_dict(content, where=study_file.name)
     held_out = _sites(study) if leave_one_site_out else (None,)
     folder = out or default_folder(study)
-    refuse_foreign(folder, ("compare.json",))
-    legs = tuple(_legs(strategies, seeds, held_out))
-    studies = {leg: _study_of(content, study, leg) for leg in legs}
-    _write_index(folder, study, legs)
-    for number, (leg, own) in enumerate(studies.items(), 1):
-        if not _run_leg(folder / leg.folder, own, f"{number}/{len(legs)}", as_json):
-            typer.echo(
-                f"fedmed: stopped; the same command goes on from here (--out {folder})",
-                err=True,
-            )
-            sys.exit(130)
+    refuse_foreign(folder, (INDEX_FILE,))
+    asked = make_legs(strategies, seeds, held_out)
+    wanted = {leg: study_of(content, study, leg) for leg in asked}
+    legs = place_legs(folder, wanted, data_hash(study))
+    write_index(folder, study, tuple(legs))
+    todo = _unfinished(folder, legs)
+    try:
+        finished = _run_all(todo, jobs, quiet=as_json)
+    except KeyboardInterrupt:
+        finished = False
+    if not finished:
+        told = f"stopped; the same command goes on from here (--out {folder})"
+        typer.echo(f"fedmed: {told}", err=True)
+        sys.exit(STOPPED)
     _finish(folder, as_json=as_json)
 
 
 def _sites(study: Study) -> tuple[str, ...]:
-    import importlib
-
     data = importlib.import_module("sites.data")
     _, found = data.list_sites(study, cache_folder(study))
     return tuple(site.site_id for site in found)
 
 
-def _legs(
-    strategies: tuple[str, ...],
-    seeds: tuple[int, ...],
-    held_out: tuple[str | None, ...],
-) -> Iterator[Leg]:
-    for name in strategies:
-        for seed in seeds:
-            # A model trained on one site alone is no generalisation: `separate` is
-            # the deck's Intra-site row and is run once, with every site in it.
-            for site in (None,) if name == "separate" else held_out:
-                label = name.replace(":", "-")
-                suffix = "" if site is None else f"-without-{site}"
-                yield Leg(name, seed, site, f"{label}-seed{seed}{suffix}")
+def _unfinished(folder: Path, legs: Mapping[Leg, Study]) -> dict[Path, Study]:
+    """Find the runs that are to be made; legs of equal content share one."""
+    todo: dict[Path, Study] = {}
+    for leg, study in legs.items():
+        run_folder = RunFolder(folder / leg.folder)
+        if run_folder.summary_file.exists() and run_folder.model_file.exists():
+            if not _sites_without_result(run_folder, study):
+                continue
+            _forget_last_round(run_folder)
+        todo.setdefault(run_folder.path, study)
+    return todo
 
 
-def _study_of(content: dict[str, Any], study: Study, leg: Leg) -> Study:
-    before = dict(content.get("strategy", {}))
-    options = before if before.get("name") == leg.strategy else {}
-    sync = {"sync": before["sync"]} if "sync" in before and not options else {}
-    section = {**sync, **options, "name": leg.strategy}
-    try:
-        load_strategy(leg.strategy, {k: v for k, v in section.items() if k != "name"})
-    except ConfigError:
-        section.pop("sync", None)  # joint has one mode only
-    changed = {**content, "seed": leg.seed, "strategy": section}
-    split = dict(content.get("split", {}))
-    # Every seed divides the cases alike, so that cases can be paired.
-    split.setdefault("seed", study.seed)
-    if leg.held_out is not None:
-        split["held_out"] = [leg.held_out]
-    changed["split"] = split
-    own = study_from_dict(changed, where=f"the study for {leg.strategy}")
-    load_strategy(own.strategy.name, own.strategy.options)
-    return own
+def _run_all(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> bool:
+    """Run legs; give whether all of them finished.
 
-
-def _write_index(folder: Path, study: Study, legs: tuple[Leg, ...]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    index = folder / "compare.json"
-    if RunFolder(folder).lock_file.exists():
-        raise UsageError(
-            f"{folder} holds a single run", hint="Choose another folder with --out."
-        )
-    runs = [asdict(leg) for leg in legs]
-    if index.exists():
-        known = _known_runs(index)
-        runs += [run for run in known if run not in runs]
-    content = {"study": study.name, "runs": runs}
-    write_atomic(index, json.dumps(content, indent=1).encode())
-
-
-def _known_runs(index: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(index.read_text())["runs"])
-    except (ValueError, KeyError, TypeError):
-        raise StorageError(
-            f"{index.name} in {str(index.parent)!r} is damaged",
-            hint="Restore it, or choose another folder with --out.",
-        ) from None
-
-
-def _run_leg(folder: Path, study: Study, number: str, as_json: bool) -> bool:
-    run_folder = RunFolder(folder)
-    if run_folder.summary_file.exists() and run_folder.model_file.exists():
-        check_folder(run_folder, study, resume=True)
-        if not _sites_without_result(run_folder, study):
-            return True
-        _forget_last_round(run_folder)
-    titled = study.model_copy(update={"title": study.title})
-    if not as_json:
-        typer.echo(f"run {number}: {folder.name}", err=True)
-    resume = run_folder.lock_file.exists()
-    try:
-        finished = execute(titled, folder, resume=resume, quiet=as_json).finished
-    except KeyboardInterrupt:
-        return False
-    lacking = _sites_without_result(run_folder, study) if finished else ()
-    if lacking:
-        logger.error(
-            "%s has no result for %s, which it held out; the same command tries again",
-            folder.name,
-            ", ".join(lacking),
-        )
+    Raises:
+        FedMedError: Of the first leg that failed, after all others have ended.
+    """
+    if not todo:
+        return True
+    if jobs == 1:
+        finished = _run_in_turn(todo, quiet=quiet)
+    else:
+        finished = _run_side_by_side(todo, jobs, quiet=quiet)
+    for path, study in todo.items() if finished else ():
+        lacking = _sites_without_result(RunFolder(path), study)
+        if lacking:
+            logger.error(
+                "%s has no result for %s, which it held out; the same command tries "
+                "again",
+                path.name,
+                ", ".join(lacking),
+            )
     return finished
+
+
+def _run_in_turn(todo: Mapping[Path, Study], *, quiet: bool) -> bool:
+    for number, (path, study) in enumerate(todo.items(), 1):
+        if not quiet:
+            typer.echo(f"run {number}/{len(todo)}: {path.name}", err=True)
+        resume = RunFolder(path).lock_file.exists()
+        if not execute(study, path, resume=resume, quiet=quiet).finished:
+            return False
+    return True
+
+
+def _run_side_by_side(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> bool:
+    rounds = next(iter(todo.values())).rounds
+    progress = LegProgress(len(todo), jobs=jobs, rounds=rounds, quiet=quiet)
+    with listening() as should_stop, progress:
+        verdicts = LegPool(jobs, progress, should_stop).run(todo)
+    failed = {p: v.error for p, v in verdicts.items() if v.error is not None}
+    for path, error in failed.items():
+        hint = " ".join(filter(None, (error.hint, _others(len(failed) - 1))))
+        raise type(error)(f"{path.name}: {error.message}", hint=hint)
+    return len(verdicts) == len(todo) and all(v.finished for v in verdicts.values())
+
+
+def _others(number: int) -> str:
+    return f"({number} more failed.)" if number else ""
 
 
 def _sites_without_result(run_folder: RunFolder, study: Study) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ def report_command(folder: Path, *, as_json: bool) -> None:
 def print_table(table: Table) -> None:
     """Print a result table to the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     shown = RichTable(title=f"{table.name}: {table.score_name}")
@@ -34,10 +35,10 @@ def print_table(table: Table) -> None:
         justify: Literal["left", "right"] = "left" if index == 0 else "right"
         shown.add_column(title, justify=justify, no_wrap=True)
     for row in table.text_rows():
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     console = Console()
     # Cut numbers are worse than wrapped lines, in a file as in a narrow terminal.
     needed = console.measure(shown, options=console.options.update(width=1000)).maximum
     Console(width=max(console.width, needed)).print(shown)
     for note in table.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)

@@ -93,15 +93,18 @@ def _compare_command(entries: Sequence[Entry]) -> str:
     return shlex.join(words)
 
 
-def _what_it_says(entry: Entry) -> tuple[bool, int, bool]:
+def _what_it_says(entry: Entry) -> tuple[bool, bool, int, bool]:
     """Rank a lock file as the study of a comparison.
 
-    `sync: step` holds for every strategy that has it; the study's options of one
-    strategy are in the lock files of that strategy alone.
+    Options in brackets are one row's, not the study's. `sync: step` holds for every
+    strategy that has it; the study's options of one strategy are in the lock files of
+    that strategy alone.
     """
     given = entry.run.study.get("strategy")
     options = given if isinstance(given, Mapping) else {}
-    return options.get("sync") == "step", len(options), entry.held_out is None
+    is_plain = "[" not in entry.strategy
+    is_step = options.get("sync") == "step"
+    return is_plain, is_step, len(options), entry.held_out is None
 
 
 def _lock_of(entry: Entry) -> str:

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmed import legs
+from fedmed.errors import ConfigError, ResumeError, UsageError
+from fedmed.legs import Leg
+from fedmed.study import Study, study_from_dict
+
+CONTENT: dict[str, Any] = {
+    "name": "small",
+    "sites": {"dataset": "phantom", "cases_per_site": 2, "size": [16, 16, 4]},
+    "preprocess": {"size": [16, 16]},
+    "strategy": {"name": "fedavg", "sync": "step"},
+}
+
+
+def study(**changes: Any) -> Study:
+    return study_from_dict({**CONTENT, **changes})
+
+
+def hashed(label: str, seed: int = 0, data: str = "d", **changes: Any) -> str:
+    content = {**CONTENT, **changes}
+    own = legs.study_of(content, study_from_dict(content), Leg(label, seed, None, ""))
+    return legs.content_hash(own, data)
+
+
+@pytest.mark.parametrize("label", ["a]", "a[b", "a[]", "[b=1]", "a[b=1]c", "a[b[c]]"])
+def test_brackets_must_match(label: str) -> None:
+    with pytest.raises(UsageError, match="is no method"):
+        legs.read_method(label)
+
+
+def test_a_method_in_brackets_is_the_strategy_with_these_options() -> None:
+    leg = Leg("fedprox[mu=0.5,sync=round]", 3, None, "")
+    own = legs.study_of(CONTENT, study(), leg)
+    assert own.strategy.name == "fedprox"
+    assert own.strategy.options == {"mu": 0.5, "sync": "round"}
+    assert (own.seed, own.split.seed) == (3, 0)
+
+
+def test_unknown_options_of_a_method_are_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.nu"):
+        legs.study_of(CONTENT, study(), Leg("fedprox[nu=1]", 0, None, ""))
+
+
+def test_folders_have_names_without_brackets() -> None:
+    found = list(legs.make_legs(["separate", "a[b=1,c=x]"], [0, 1], ["s", "t"]))
+    names = [leg.folder for leg in found]
+    assert names[:2] == ["separate-seed0", "separate-seed1"]
+    assert names[2] == "a-b-1-c-x-seed0-without-s"
+    assert len(set(names)) == len(names) == 6
+
+
+def test_content_is_what_the_numbers_depend_on() -> None:
+    base = hashed("fedprox")
+    assert base == hashed("fedprox[mu=0.01]")  # the default, written out
+    assert base == hashed("fedprox", title="Another title")
+    assert base == hashed("fedprox", transport={"name": "workers"}, cache="elsewhere")
+    others = [
+        hashed("fedprox[mu=0.02]"),
+        hashed("fedprox[sync=round]"),
+        hashed("fedavg"),
+        hashed("fedprox", seed=1),
+        hashed("fedprox", data="other"),
+        hashed("fedprox", train={"local_steps": 3}),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def place(folder: Path, *labels: str, data: str = "d") -> list[str]:
+    wanted = {
+        leg: legs.study_of(CONTENT, study(), leg)
+        for leg in legs.make_legs(labels, [0], [None])
+    }
+    placed = legs.place_legs(folder, wanted, data)
+    legs.write_index(folder, study(), tuple(placed))
+    return [leg.folder for leg in placed]
+
+
+def test_equal_content_is_one_run_under_any_label(tmp_path: Path) -> None:
+    assert place(tmp_path, "fedprox") == ["fedprox-seed0"]
+    assert place(tmp_path, "fedprox[mu=0.01]") == ["fedprox-seed0"]
+    assert place(tmp_path, "fedavg", "fedavg[sync=step]") == ["fedavg-seed0"] * 2
+    index = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    rows = ["fedprox", "fedprox[mu=0.01]", "fedavg", "fedavg[sync=step]"]
+    assert [run["strategy"] for run in index] == rows
+
+
+def test_other_data_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    place(tmp_path, "fedprox")
+    with pytest.raises(ResumeError, match="fedprox-seed0 was trained on other images"):
+        place(tmp_path, "fedprox", data="changed")
+
+
+def test_data_hash_sees_labels_and_sites(tmp_path: Path) -> None:
+    sites = {**CONTENT["sites"], "preset": "prostate_abc"}
+    given = {"cache": str(tmp_path), "sites": sites}
+    base = legs.data_hash(study(**given))
+    assert base == legs.data_hash(study(**given, seed=5))
+    fewer = {**given, "sites": {**sites, "include": ["a", "b"]}}
+    wider = {**sites, "dials": {"a": {"label_style": {"offset_mm": 3.0}}}}
+    assert legs.data_hash(study(**fewer)) != base
+    assert legs.data_hash(study(**{**given, "sites": wider})) != base
