@@ -34,8 +34,6 @@ from fedmed.losses.distillation import (
 )
 from fedmed.message import SiteId, State
 from fedmed.payload import ClassStatistic, expect
-from fedmed.reduce import weighted_mean
-from fedmed.replies import states_of
 from fedmed.strategy import (
     Cohort,
     Outcome,
@@ -58,7 +56,7 @@ from fedmed.training.coupled import (
     told_with,
     trained_outcome_with,
 )
-from fedmed.training.local import merged, present
+from fedmed.training.local import merged, present, share_of, stepped
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.statistic_bank import (
     PRESENT,
@@ -177,26 +175,26 @@ class UMMKD(Strategy):
         """Compare the sites' soft confusions, then sum gradients that know of it."""
         told = yield cohort.ask(self.confusion, weights=server.shared, index=index)
         cohort = cohort.select(tuple(told))
-        shares = self._shares(present(self.weights_of(cohort), told))
+        weights = present(self.weights_of(cohort), told)
         replies = yield cohort.ask(
             self.gradient,
             weights=server.shared,
             index=index,
-            by_site=self._second_half(told, shares),
+            by_site=self._second_half(told, weights),
         )
-        return self._stepped(server, replies, shares)
+        total = self.site_reduction == "sum"
+        return stepped(server, replies, weights, total=total)
 
     def _shares(self, weights: Mapping[SiteId, float]) -> dict[SiteId, float]:
         """Factor of each site's segmentation loss in L."""
-        total = sum(weights[site] for site in sorted(weights))
-        times = sum(weight > 0 for weight in weights.values())
-        scale = float(times) if self.site_reduction == "sum" else 1.0
-        return {site: scale * (weight / total) for site, weight in weights.items()}
+        parts = share_of(weights, total=self.site_reduction == "sum")
+        return {site: part["share"] for site, part in parts.items()}
 
     def _second_half(
-        self, told: Replies, shares: Mapping[SiteId, float]
+        self, told: Replies, weights: Mapping[SiteId, float]
     ) -> dict[SiteId, dict[str, Any]]:
-        """Shares, and cotangents per unit of share: the server averages by share."""
+        """Shares, and cotangents per unit of share: the server weighs by share."""
+        shares = self._shares(weights)
         states = {s: expect(told[s], ClassStatistic).state for s in sorted(told)}
         taking_part = {site: states[site] for site in states if shares[site] > 0}
         _, found = cotangents(taking_part, self._distance, names=(_ROWS,))
@@ -223,17 +221,6 @@ class UMMKD(Strategy):
         if not terms:
             return torch.zeros(())
         return self.kd_weight * torch.stack(terms).mean()
-
-    def _stepped(
-        self, server: Server, replies: Replies, shares: Mapping[SiteId, float]
-    ) -> Server:
-        shares = present(shares, replies)
-        gradient = weighted_mean(states_of(replies, "state"), shares)
-        if self.site_reduction == "sum":
-            times = sum(share > 0 for share in shares.values())
-            gradient = {name: times * g for name, g in gradient.items()}
-        server = server.descend(gradient)
-        return server.with_shared(server.merge(states_of(replies, "buffers"), shares))
 
     @at_site
     def confusion(self, site: SiteContext, weights: State, index: int) -> Outcome:
@@ -358,16 +345,14 @@ class UMMKD(Strategy):
 
     def pooled_step(self, pool: PooledTraining, index: int) -> None:
         """The pooled method: one loss over all sites' batches, one optimiser step."""
-        total, told = torch.zeros(()), {}
-        scale = len(pool.weights) if self.site_reduction == "sum" else 1
-        for network in pool.models.values():
-            network.zero_grad(set_to_none=True)
+        pool.forget_gradients()
+        shares = pool.shares if self.site_reduction == "sum" else pool.weights
+        losses, told = [], {}
         for site, batch in sorted(pool.batches(index).items()):
             logits = pool.models[site](batch.images, site=site)
-            total = total + scale * pool.weights[site] * pool.loss(logits, batch.labels)
-            told[site] = self._soft_confusion(
-                Pass(pool.models[site], logits, batch.labels)
-            )
-        rows = {site: {**m.values, **m.facts} for site, m in told.items()}
-        (total + self._distance(rows)).backward()  # type: ignore[no-untyped-call]
+            losses.append(shares[site] * pool.loss(logits, batch.labels))
+            measured = self._told(self._tallied(logits, batch.labels))
+            told[site] = {**measured.values, **measured.facts}
+        total = torch.stack(losses).sum() + self._distance(told)
+        total.backward()  # type: ignore[no-untyped-call]
         pool.optimizer.step()
