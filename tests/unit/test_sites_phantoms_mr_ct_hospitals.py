@@ -1,17 +1,22 @@
 """Two-modality hospitals: the same organs, other people, other looks, other grids."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
+from fedmed.study import load_study
 from sites import phantom
+from sites.options import parse_options
 from sites.phantoms.dials import LabelStyle
 from sites.phantoms.patient import visit
 from sites.phantoms.plan import PhantomOptions, make_plan
 from sites.phantoms.presets import PRESETS
 
+ROOT = Path(__file__).parents[2]
+STUDIES, DOCUMENT = ROOT / "studies", ROOT / "docs" / "phantom.md"
 TWO = {"heart": "heart_mr_ct", "abdomen": "abdomen_mr_ct"}
 FOUR = {"heart": "heart_2mr_2ct", "abdomen": "abdomen_2mr_2ct"}
 SIZES = {"heart": (64, 64, 16), "abdomen": (80, 64, 16)}
@@ -95,20 +100,25 @@ def test_in_the_abdomen_organs_are_ordered_as_the_document_says(site_id):
     assert order == sorted(order, reverse=True)
 
 
+def largest_overlap(plan):
+    """Dice of all structures together, of the most alike two patients."""
+    same = {
+        "resolution_mm": ((5.0, 5.0), (9.0, 9.0)),
+        "label_style": LabelStyle(),
+        "prevalence": 0.0,
+    }
+    labels = [scan_of(plan, site_id, 0, **same).label for site_id in plan.dials]
+    return max(
+        2 * ((one == other) & (one > 0)).sum() / ((one > 0).sum() + (other > 0).sum())
+        for n, one in enumerate(labels)
+        for other in labels[:n]
+    )
+
+
 @pytest.mark.parametrize("anatomy", ["heart", "abdomen"])
-def test_hospitals_share_no_patient(anatomy):
-    plan = plan_of(FOUR[anatomy])
-    grid = ((5.0, 5.0), (9.0, 9.0))
-    same = {"resolution_mm": grid, "label_style": LabelStyle(), "prevalence": 0.0}
-    labels = [
-        scan_of(plan, site_id, index, **same).label
-        for site_id in plan.dials
-        for index in range(2)
-    ]
-    for n, one in enumerate(labels):
-        for other in labels[:n]:
-            overlap = 2 * ((one == other) & (one > 0)).sum()
-            assert overlap < 0.95 * ((one > 0).sum() + (other > 0).sum())
+def test_hospitals_share_no_patient_unless_asked_to(anatomy):
+    assert largest_overlap(plan_of(FOUR[anatomy])) < 0.92
+    assert largest_overlap(plan_of(FOUR[anatomy], same_patients=True)) == 1.0
 
 
 @pytest.mark.parametrize("anatomy", ["heart", "abdomen"])
@@ -165,3 +175,20 @@ def test_equal_options_give_equal_bytes_in_both_modalities(tmp_path):
         found.append([path.read_bytes() for path in files])
     assert found[0] == found[1]
     assert len(set(found[0])) == 8
+
+
+@pytest.mark.parametrize("name", ["ummkd_heart", "ummkd_abdomen"])
+def test_the_studies_ask_for_the_fields_of_view_of_the_document(name):
+    study = load_study(STUDIES / f"{name}.yaml")
+    plan = make_plan(parse_options(PhantomOptions, study.sites.options))
+    assert study.preprocess.size == plan.size[:2]
+    fields = {}
+    for site_id, dials in plan.dials.items():
+        width, through = dials.resolution_mm
+        fields[site_id] = [round(plan.size[0] * spacing) for spacing in width]
+        (core, _, _), height = plan.anatomy.core_mm
+        assert min(width) * plan.size[0] >= core  # so that fit_organ changes nothing
+        assert min(through) * plan.size[2] >= height
+    told = {side: f"{a} to {b} mm" for side, (a, b) in fields.items()}
+    line = f"{plan.anatomy.name}: CT {told['ct']}, MR {told['mr']}"
+    assert line in DOCUMENT.read_text(encoding="utf-8")
