@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,11 @@ class MSNet(Strategy):
         "its auxiliary decoder and head",
     )
     keeps: ClassVar = ("norm", "auxiliary")
+    published_model: ClassVar[dict[str, Any]] = {
+        "name": "residual_unet",
+        "preset": "paper",
+        "slices": 3,
+    }
 
     def __post_init__(self) -> None:
         """Check the constants."""
