@@ -298,31 +298,33 @@ class Engine:
         stamp: tuple[int, int],
         exchange: int,
     ) -> dict[SiteId, Message]:
-        """Write the messages; what all sites get is one object for all of them."""
+        """Write the messages; sites that are told the same share one object."""
         common = flattened(request.content)
         number, attempt = stamp
+        first_step = self._first_step(number)
+        alike: dict[tuple[str, int], Message] = {}
         sent = {}
         for site in targets:
-            content = common
-            if site in request.content_by_site:
-                own = request.content_by_site[site]
-                content = flattened({**request.content, **own})
-                if content.states == common.states and not any(
-                    isinstance(value, Mapping) for value in own.values()
-                ):
-                    content = replace(content, tensors=common.tensors)
             token = self._tokens.get(site, "")
+            # Who keeps nothing has staged nothing to go on from.
+            after = token if self._kept.tells.get(site, True) else ""
+            version = self._kept.rounds.get(site, 0)
+            content = content_for(site, request, common)
+            if content is common and (after, version) in alike:
+                sent[site] = alike[after, version]
+                continue
             header = {
                 "round": number,
                 "token": f"{number}.{attempt}.{exchange}",
-                # Who keeps nothing has staged nothing to go on from.
-                "after": token if self._kept.tells.get(site, True) else "",
-                "version": self._kept.rounds.get(site, 0),
-                "first_step": self._first_step(number),
+                "after": after,
+                "version": version,
+                "first_step": first_step,
                 "values": content.values,
                 "states": content.states,
             }
             sent[site] = Message(request.action, header, content.tensors)
+            if content is common:
+                alike[after, version] = sent[site]
         return sent
 
     def _deliver(
@@ -546,6 +548,19 @@ def flattened(content: Mapping[str, Any]) -> Content:
         else:
             flat.values[name] = value
     return flat
+
+
+def content_for(site: SiteId, request: Exchange, common: Content) -> Content:
+    """What one site is told: what all are told, unless there is more for it."""
+    if site not in request.content_by_site:
+        return common
+    own = request.content_by_site[site]
+    content = flattened({**request.content, **own})
+    if content.states == common.states and not any(
+        isinstance(value, Mapping) for value in own.values()
+    ):
+        content = replace(content, tensors=common.tensors)
+    return content
 
 
 def restored(server: Server, checkpoint: Checkpoint) -> Server:

@@ -252,6 +252,7 @@ def pack(
     buffer: Tensor | None = None,
     *,
     origin: Origin | None = None,
+    layout: Layout | None = None,
 ) -> FlatTensors:
     """Copy tensors side by side.
 
@@ -259,11 +260,12 @@ def pack(
         tensors: Of any shapes, dtypes, devices and strides.
         buffer: Where to; at least `Layout.of(tensors).num_bytes` of uint8.
         origin: Measure the floating runs too, while they are at hand.
+        layout: `Layout.of(tensors)`, if it is known.
 
     Returns:
         The copies: dense, row-major, on the CPU; with their `squares` if measured.
     """
-    layout = Layout.of(tensors)
+    layout = layout or Layout.of(tensors)
     if buffer is None:
         buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
     packed = FlatTensors(layout, buffer)

@@ -9,7 +9,7 @@ first one made imports the compiler, which takes longer than torch itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from fedmed.message import State
+from fedmed.training.schedule import StepDecay
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
@@ -43,6 +44,7 @@ class OptimizerSpec:
         weight_decay: >= 0; L2 for sgd and adam, decoupled for adamw.
         betas: Adam's decay rates.
         eps: Adam's denominator constant.
+        decay: How `lr` falls with the number of steps; None = it stays.
     """
 
     name: OptimizerName = "sgd"
@@ -51,6 +53,13 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    decay: StepDecay | None = None
+
+    def at(self, step: int) -> OptimizerSpec:
+        """Give the optimiser as it is at a step, counted over all rounds from 0."""
+        if self.decay is None:
+            return self
+        return replace(self, lr=self.lr * self.decay.scale(step), decay=None)
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the torch optimiser for live parameters.
@@ -81,12 +90,16 @@ def step_in_place(
         memory: Of the steps before, {} at the start; moved along. Entries are called
             "name|slot", with torch's slots momentum_buffer, exp_avg, exp_avg_sq, step.
     """
-    names = [name for name in sorted(gradient) if gradient[name] is not None]
-    if not names:
+    given = {name: g for name, g in sorted(gradient.items()) if g is not None}
+    if not given:
         return
+    names = list(given)
     with torch.no_grad():
         moved = [weights[name] for name in names]
-        grads = [_laid_out_as(gradient[name], weights[name]) for name in names]
+        if spec.name == "sgd" and not spec.momentum and not spec.weight_decay:
+            torch._foreach_add_(moved, list(given.values()), alpha=-spec.lr)
+            return
+        grads = [_laid_out_as(g, weights[name]) for name, g in given.items()]
         if spec.name == "sgd":
             _sgd_step(names, moved, grads, spec, memory)
         else:
@@ -100,9 +113,6 @@ def _sgd_step(
     spec: OptimizerSpec,
     memory: State,
 ) -> None:
-    if not spec.momentum and not spec.weight_decay:
-        torch._foreach_add_(weights, grads, alpha=-spec.lr)
-        return
     buffers: list[Tensor | None] = [None] * len(names)
     if spec.momentum:
         # From zero, the first buffer becomes the gradient, as torch's does.
@@ -227,12 +237,11 @@ def sum_of_squares(state: State) -> Tensor:
     return total
 
 
-def _laid_out_as(gradient: Tensor | None, weight: Tensor) -> Tensor:
+def _laid_out_as(gradient: Tensor, weight: Tensor) -> Tensor:
     """Give a gradient the dtype, device and strides of its weight.
 
     Torch's fused optimisers walk through memory and do not look at strides.
     """
-    assert gradient is not None
     alike = gradient.dtype == weight.dtype and gradient.device == weight.device
     if alike and gradient.stride() == weight.stride():
         return gradient

@@ -8,6 +8,7 @@ turn it into the flat form that travels and back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -149,21 +150,33 @@ def _flatten(prefix: str, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 _NESTED = frozenset({"extra"})
 _STATES = frozenset({"state", "buffers"})
+_TENSORS = _NESTED | _STATES
 
 
-def to_message(payload: Payload) -> Message:
-    """Flatten a payload: its states become tensors, the rest becomes the header."""
+@functools.cache
+def _fields(kind: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(kind))
+
+
+def to_message(payload: Payload, **facts: Any) -> Message:
+    """Flatten a payload: its states become tensors, the rest becomes the header.
+
+    Args:
+        payload: What a strategy wants to send.
+        facts: Put into the header too.
+    """
     header: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for item in dataclasses.fields(payload):
-        value = getattr(payload, item.name)
-        if item.name in _NESTED | _STATES:
-            tensors.update(_flatten(item.name, value))
-        elif item.name == "rows":
+    kind: Any = type(payload)
+    for name in _fields(kind):
+        value = getattr(payload, name)
+        if name in _TENSORS:
+            tensors.update(_flatten(name, value))
+        elif name == "rows":
             header["rows"] = [dict(row) for row in value]
         else:
-            header[item.name] = value
-    return Message(type(payload).__name__, header, tensors)
+            header[name] = value
+    return Message(kind.__name__, header | facts, tensors)
 
 
 def from_message(message: Message) -> Payload:
@@ -187,7 +200,7 @@ def from_message(message: Message) -> Payload:
     for path, tensor in message.tensors.items():
         name, *rest = path.split(_SEPARATOR)
         depth = 2 if name in _NESTED else 1
-        if name not in known & (_NESTED | _STATES) or len(rest) < depth:
+        if name not in known & _TENSORS or len(rest) < depth:
             raise WireError(f"a {message.kind} reply holds an undeclared {name!r}")
         target = fields.setdefault(name, {})
         if name in _NESTED:

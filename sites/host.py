@@ -142,11 +142,9 @@ class Host:
         # Dropout in a network must not depend on what this process did before.
         with seeded(self._bench.seed(message)):
             payload = self._answer(message)
-        reply = to_message(payload)
-        reply = enforce(self._policy, reply, context=self._policy_context(message))
         # Who keeps nothing need not be asked to file it, and may move to any process.
-        header = {**reply.header, "keeps": self._keeps}
-        reply = Message(reply.kind, header, reply.tensors)
+        reply = to_message(payload, keeps=self._keeps)
+        reply = enforce(self._policy, reply, context=self._policy_context(message))
         self._record(reply)
         return reply
 

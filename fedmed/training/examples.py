@@ -171,9 +171,10 @@ class ExampleIndex:
             slice with `UNKNOWN_LABEL`.
         """
         positions = range(step * batch_size, (step + 1) * batch_size)
-        chosen = self._chosen(seed, positions)
+        numbers = self._chosen(seed, positions)
         if self.mode == "row":
-            return self._rows(chosen)
+            return self._rows(numbers)
+        chosen = numbers.tolist()
         seeds = [derive(seed, "example", position) for position in positions]
         if self.mode == "slice" and not self._augments:
             plain = self._plain_slices(chosen)
@@ -190,15 +191,16 @@ class ExampleIndex:
             labels = pad_alike(labels, value=UNKNOWN_LABEL)
         return Batch(torch.stack(images), torch.stack(labels).to(torch.int64))
 
-    def _chosen(self, seed: int, positions: range) -> list[int]:
+    def _chosen(self, seed: int, positions: range) -> np.ndarray:
         """Numbers of the examples at some neighbouring positions of a stream."""
-        chosen: list[int] = []
-        while len(chosen) < len(positions):
-            epoch, place = divmod(positions[len(chosen)], len(self))
-            missing = len(positions) - len(chosen)
+        pieces: list[np.ndarray] = []
+        start = positions.start
+        while start < positions.stop:
+            epoch, place = divmod(start, len(self))
             order = self._order(seed, epoch)
-            chosen += order.numbers[place : place + missing].tolist()
-        return chosen
+            pieces.append(order.numbers[place : place + positions.stop - start])
+            start += len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _order(self, seed: int, epoch: int) -> _Order:
         """The order of the examples in one epoch of a stream."""
@@ -210,14 +212,14 @@ class ExampleIndex:
         self._orders = (_Order(seed, epoch, numbers), *self._orders[:1])
         return self._orders[0]
 
-    def _rows(self, chosen: Sequence[int]) -> Batch:
+    def _rows(self, chosen: np.ndarray) -> Batch:
         if self._table is None:
             rows = [read_row(self.cases[case]) for case, _ in self.examples]
             features = np.stack([np.asarray(row, np.float32) for row, _ in rows])
             labels = torch.tensor([int(label) for _, label in rows], dtype=torch.int64)
             self._table = torch.from_numpy(features), labels
-        numbers = torch.tensor(chosen)
-        return Batch(self._table[0][numbers], self._table[1][numbers])
+        numbers = torch.from_numpy(chosen)
+        return Batch(*(whole.index_select(0, numbers) for whole in self._table))
 
     def _plain_slices(self, chosen: Sequence[int]) -> Batch | None:
         """Copy slices straight into a batch; None if they are not all of one size."""

@@ -113,6 +113,7 @@ class Trainer:
         memory: State | None = None,
         penalty: Callable[[nn.Module], Tensor] | None = None,
         correction: State | None = None,
+        first_step: int = 0,
     ) -> TrainResult:
         """Take one optimiser step per batch, in place.
 
@@ -122,11 +123,12 @@ class Trainer:
             memory: Optimiser memory to continue from; None starts fresh.
             penalty: Added to every step's loss (a proximal term).
             correction: Added to the gradient of the named parameters.
+            first_step: Number of the first step over all rounds.
         """
         named = trainable(model)
         memory = memory_like(memory or {}, named)
         losses = []
-        for batch in batches:
+        for step, batch in enumerate(batches, start=first_step):
             _forget_gradients(named)
             loss = self.forward(model, batch)
             losses.append(loss.detach())
@@ -136,12 +138,12 @@ class Trainer:
             _add(gradient, correction or {})
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(named.values(), self.clip_norm)
-            step_in_place(named, gradient, self.optimizer, memory)
+            step_in_place(named, gradient, self.optimizer.at(step), memory)
         _forget_gradients(named)
         if not losses:
             return TrainResult(float("nan"), memory)
         # The only time the processor waits for a GPU.
-        mean = float(torch.stack(losses).double().mean())
+        mean = sum(torch.stack(losses).tolist()) / len(losses)
         self.require_finite(mean)
         return TrainResult(mean, memory, len(losses))
 

@@ -24,7 +24,7 @@ from fedmed.flat import FlatTensors, Layout, Origin, Slot, pack
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.reduce import add_rows
 from fedmed.transports.arena import Pool, Segment
-from fedmed.transports.keeper import HostKeeper
+from fedmed.transports.keeper import HostKeeper, sent
 from fedmed.transports.transport import HostSpec
 
 Key = tuple[int, int]
@@ -223,7 +223,9 @@ class Worker:
         tray = Tray(self._pool, len(job.errands))
         parcels: list[Parcel | SiteFailure] = []
         for errand in job.errands:
-            message = Message(errand.kind, errand.header, tables[errand.table])
+            # Other sites have the same header; what one does to its own is not seen.
+            header = sent(errand.header)
+            message = Message(errand.kind, header, tables[errand.table])
             answer = self._keeper.answer(
                 errand.site_id, message, reference=reference, pack_into=tray.pack
             )
@@ -293,7 +295,8 @@ class Tray:
         self, tensors: Mapping[str, Tensor], *, origin: Origin | None = None
     ) -> FlatTensors:
         """Pack one reply, behind the one before."""
-        size = Layout.of(tensors).num_bytes
+        layout = Layout.of(tensors)
+        size = layout.num_bytes
         if self._segment is None or self._end + size > self._segment.size:
             # Replies to one job are mostly alike.
             self._segment = self._pool.take(size * self._left)
@@ -303,7 +306,7 @@ class Tray:
         self.last = (self._segment.number, self._end)
         self._left -= 1
         room = self._whole[self._end : self._end + size]
-        packed = pack(tensors, room, origin=origin)
+        packed = pack(tensors, room, origin=origin, layout=layout)
         self._end += size
         return packed
 

@@ -405,6 +405,8 @@ class Desk:
         """Write the job of one worker."""
         tables: list[Table] = []
         position: dict[int, int] = {}
+        headers = {id(m.header): m.header for m in messages.values()}
+        checked = {key: sent(header) for key, header in headers.items()}
 
         def place(tensors: Mapping[str, Tensor]) -> int:
             if id(tensors) not in position:
@@ -413,7 +415,7 @@ class Desk:
             return position[id(tensors)]
 
         errands = tuple(
-            Errand(site, m.kind, sent(m.header), place(m.tensors))
+            Errand(site, m.kind, checked[id(m.header)], place(m.tensors))
             for site, m in messages.items()
         )
         origin = None if self._reference is None else place(self._reference)
