@@ -176,6 +176,7 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
     }
     start = _entries(pool, partition.shared, comparable)
     for index in range(steps):
+        pool.set_lr(spec.at(index).lr)
         strategy.pooled_step(pool, index)
     return _entries(pool, partition.shared, comparable), start
 

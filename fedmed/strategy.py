@@ -214,7 +214,7 @@ class Server:
         moved, moments = descend(
             {name: self.shared[name] for name in gradient},
             clip(gradient, self.clip_norm),
-            optimizer or self.optimizer,
+            (optimizer or self.optimizer).at(self.step),
             dict(self.memory.get(memory, {})),
         )
         return self.with_shared(moved).remember(**{memory: moments})

@@ -164,6 +164,13 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0)
 
 
+class LrDecaySection(Section):
+    """See `fedmed.training.schedule.StepDecay`; steps are counted over all rounds."""
+
+    factor: float = Field(gt=0, le=1)
+    every_steps: int = Field(ge=1)
+
+
 class TrainSection(Section):
     """Local training.
 
@@ -175,6 +182,8 @@ class TrainSection(Section):
         loss_options: Its options (`smooth_numerator`, `class_weights`...).
         optimizer: Of the sites in `sync: round`, of the server in `sync: step`.
         optimizer_state: Whether a site's optimiser starts afresh each round.
+        lr_decay: How the optimiser's learning rate falls: `{factor: 0.95,
+            every_steps: 500}`.
         clip_norm: Largest gradient norm.
         precision: float32, float64, bfloat16 autocast, or auto: the faster of float32
             and bfloat16 on this machine, by a measurement. The lock file holds which.
@@ -190,6 +199,7 @@ class TrainSection(Section):
     loss_options: Mapping[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerSection = OptimizerSection()
     optimizer_state: Literal["reset", "keep"] = "reset"
+    lr_decay: LrDecaySection | None = None
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["float32", "float64", "bfloat16", "auto"] = "float32"
     augmentation: Mapping[str, Any] = Field(default_factory=dict)

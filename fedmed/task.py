@@ -21,6 +21,7 @@ from fedmed.optimizer import OptimizerSpec
 from fedmed.strategy import Strategy
 from fedmed.study import Study
 from fedmed.training.allocator import keep_freed_memory
+from fedmed.training.schedule import StepDecay
 from fedmed.training.trainer import DTYPES, Precision, Trainer
 
 
@@ -180,7 +181,11 @@ def _has_dims(name: str, mode: str) -> bool:
 
 def build_optimizer(study: Study) -> OptimizerSpec:
     """Read the study's optimiser."""
-    return OptimizerSpec(**study.train.optimizer.model_dump())
+    decay = study.train.lr_decay
+    return OptimizerSpec(
+        **study.train.optimizer.model_dump(),
+        decay=StepDecay(**decay.model_dump()) if decay else None,
+    )
 
 
 def build_trainer(study: Study, site_id: SiteId) -> Trainer:

@@ -178,7 +178,7 @@ class MSNet(Strategy):
         model = site.load({**_blank(site), **encoder})
         (batch,) = site.batches(index, 1)
         objective = self._auxiliary_objective(site, model, batch)
-        return _answer(site, model, objective, share=share, memory=AUXILIARY)
+        return _answer(site, model, objective, index, share=share, memory=AUXILIARY)
 
     @at_site
     def universal(
@@ -188,7 +188,7 @@ class MSNet(Strategy):
         model = site.load(weights)
         (batch,) = site.batches(index, 1)
         objective = self._universal_objective(site, model, batch)
-        return _answer(site, model, objective, share=share, memory=UNIVERSAL)
+        return _answer(site, model, objective, index, share=share, memory=UNIVERSAL)
 
     @at_site
     def training(self, site: SiteContext, weights: State) -> Outcome:
@@ -204,10 +204,14 @@ class MSNet(Strategy):
             objective = None
             if self.auxiliary_weight:
                 objective = self._auxiliary_objective(site, model, batch)
-                step_here(site, model, objective, memories[AUXILIARY])
+                step_here(
+                    site, model, objective, index=index, memory=memories[AUXILIARY]
+                )
             if site.first_step + index >= self.warmup_steps:
                 objective = self._universal_objective(site, model, batch)
-                step_here(site, model, objective, memories[UNIVERSAL])
+                step_here(
+                    site, model, objective, index=index, memory=memories[UNIVERSAL]
+                )
             losses += [] if objective is None else [objective.detach()]
         loss = float(torch.stack(losses).double().mean()) if losses else 0.0
         site.trainer.require_finite(loss)
@@ -298,11 +302,17 @@ def _blank(site: SiteContext) -> State:
 
 
 def _answer(
-    site: SiteContext, model: nn.Module, objective: Tensor, *, share: float, memory: str
+    site: SiteContext,
+    model: nn.Module,
+    objective: Tensor,
+    index: int,
+    *,
+    share: float,
+    memory: str,
 ) -> Outcome:
     loss = float(objective.detach())
     site.trainer.require_finite(loss)
     gradient = site.trainer.gradient_of(model, objective)
     return gradient_outcome(
-        site, model, gradient, loss=loss, share=share, memory=memory
+        site, model, gradient, index=index, loss=loss, share=share, memory=memory
     )

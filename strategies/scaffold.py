@@ -9,6 +9,7 @@ Federated Learning, ICML 2020, arXiv:1910.06378, algorithm 1, option II.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +31,7 @@ from fedmed.strategy import (
     Weighting,
     at_site,
 )
-from fedmed.training.local import merged, train_here, trained_outcome
+from fedmed.training.local import merged, optimizer_at, train_here, trained_outcome
 from fedmed.training.pooled import PooledTraining, optimizer_change
 
 _CONTROL = "control"
@@ -144,7 +145,8 @@ class Scaffold(Strategy):
             site, weights, first=first, count=count, correction=shift
         )
         end = dict(model.named_parameters())
-        scale = 1 / (result.steps * site.trainer.optimizer.lr)
+        steps = range(first, first + result.steps)
+        scale = 1 / math.fsum(optimizer_at(site, step).lr for step in steps)
         change = {
             name: scale * (weights[name] - end[name].detach().to(c)) - c
             for name, c in control.items()

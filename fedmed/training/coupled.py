@@ -236,7 +236,9 @@ def cotangent_outcome(
     if task_weight:
         objective = task_weight * task + objective
     gradient = site.trainer.gradient_of(passed.model, objective)
-    return gradient_outcome(site, passed.model, gradient, loss=loss, share=share)
+    return gradient_outcome(
+        site, passed.model, gradient, index=index, loss=loss, share=share
+    )
 
 
 def gradient_sum(replies: Replies) -> State:

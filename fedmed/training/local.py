@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fedmed.message import SiteId, State
-from fedmed.optimizer import clip, memory_like, step_in_place
+from fedmed.optimizer import OptimizerSpec, clip, memory_like, step_in_place
 from fedmed.payload import Gradient, Weights
 from fedmed.reduce import weighted_mean
 from fedmed.replies import states_of
@@ -41,7 +41,7 @@ def local_gradient(
     model = site.load(weights)
     (batch,) = site.batches(index, 1)
     gradient, loss = site.trainer.gradient(model, batch)
-    return gradient_outcome(site, model, gradient, loss=loss, share=share)
+    return gradient_outcome(site, model, gradient, index=index, loss=loss, share=share)
 
 
 def gradient_outcome(
@@ -49,6 +49,7 @@ def gradient_outcome(
     model: nn.Module,
     gradient: State,
     *,
+    index: int,
     loss: float | None = None,
     share: float = 1.0,
     memory: str = OPTIMIZER,
@@ -59,6 +60,7 @@ def gradient_outcome(
         site: The hospital.
         model: The live network that the gradient is of.
         gradient: By name; of shared and of kept trainable entries.
+        index: Number of the step within the round.
         loss: The site's own training loss, for the record.
         share: Factor of the gradient of kept entries.
         memory: Name of their optimiser's memory in the private value.
@@ -68,7 +70,11 @@ def gradient_outcome(
     # By their own norm: the norm over all entries of all sites is nobody's here, so
     # with a clip_norm that binds, `sync: step` is close to the pooled step, not equal.
     own = clip(own, site.trainer.clip_norm)
-    moments = _descend_in_place(site, model, own, memory) if own else {}
+    moments: State = {}
+    if own:
+        named = dict(model.named_parameters())
+        moments = memory_like(site.private.states.get(memory, {}), named)
+        step_in_place(named, own, optimizer_at(site, index), moments)
     payload = Gradient(
         num_examples=site.num_examples,
         values={} if loss is None else {"loss": loss},
@@ -78,13 +84,9 @@ def gradient_outcome(
     return Outcome(payload, site.keep(model, **({memory: moments} if moments else {})))
 
 
-def _descend_in_place(
-    site: SiteContext, model: nn.Module, gradient: State, memory: str
-) -> State:
-    named = dict(model.named_parameters())
-    moments = memory_like(site.private.states.get(memory, {}), named)
-    step_in_place(named, gradient, site.trainer.optimizer, moments)
-    return moments
+def optimizer_at(site: SiteContext, index: int) -> OptimizerSpec:
+    """Give the study's optimiser as it is at step number `index` of this round."""
+    return site.trainer.optimizer.at(site.first_step + index)
 
 
 def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
@@ -93,7 +95,12 @@ def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
 
 
 def step_here(
-    site: SiteContext, model: nn.Module, objective: Tensor, memory: State
+    site: SiteContext,
+    model: nn.Module,
+    objective: Tensor,
+    *,
+    index: int,
+    memory: State,
 ) -> None:
     """Take one step of the study's optimiser at the site, in place.
 
@@ -101,12 +108,13 @@ def step_here(
         site: The hospital.
         model: The live network.
         objective: Scalar; what it does not depend on stands still.
+        index: Number of the step within the round.
         memory: Of this optimiser, on the network's device; moved along.
     """
     gradient = site.trainer.gradient_of(model, objective)
     gradient = clip(gradient, site.trainer.clip_norm)
     named = dict(model.named_parameters())
-    step_in_place(named, gradient, site.trainer.optimizer, memory)
+    step_in_place(named, gradient, optimizer_at(site, index), memory)
 
 
 def train_here(
@@ -135,6 +143,7 @@ def train_here(
         memory=dict(site.private.states.get(OPTIMIZER, {})),
         penalty=penalty,
         correction=correction,
+        first_step=site.first_step + first,
     )
     return model, result
 

@@ -68,7 +68,15 @@ class PooledTraining:
             assert self.make_optimizer is not None
             parameters = distinct_parameters(self.models)
             self.optimizers[name] = self.make_optimizer(parameters)
+            self.set_lr(self.lr)
         return self.optimizers[name]
+
+    def set_lr(self, lr: float) -> None:
+        """Let all optimisers go on with another learning rate."""
+        self.lr = lr
+        for optimizer in (self.optimizer, *self.optimizers.values()):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def forget_gradients(self) -> None:
         """Let no parameter of any network have a gradient."""
