@@ -17,10 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PEERS = Path(__file__).parent / "peers"
-FLOWER = PEERS / "flower"
-for folder in (PEERS, FLOWER):
-    sys.path.insert(0, str(folder))
+FLOWER = Path(__file__).parent / "peers" / "flower"
+sys.path.insert(0, str(FLOWER))
 
 ENGINES = ("grid", "flower", "floor")
 
@@ -35,9 +33,9 @@ def __getattr__(name: str) -> object:
 def run_grid(name: str, num_rounds: int) -> None:
     """Run the app's server function on a `WorkerGrid`, in this process."""
     simulate = importlib.import_module("simulate")
-    workload = importlib.import_module("workload")
     from flwr.app import Context, RecordDict
 
+    from benchmarks import workload
     from fedmed.grid import WorkerGrid
 
     num_sites = workload.WORKLOADS[name].num_sites
@@ -53,14 +51,15 @@ def command(engine: str, name: str, num_rounds: int) -> list[str]:
     if engine == "grid":
         module = ["-m", "benchmarks.flower_grid", *rounds, "--engine", "grid"]
         return [sys.executable, *module]
-    script = FLOWER / "simulate.py" if engine == "flower" else PEERS / "floor.py"
-    return [sys.executable, str(script), *rounds]
+    if engine == "floor":
+        return [sys.executable, "-m", "benchmarks.floor", *rounds]
+    return [sys.executable, str(FLOWER / "simulate.py"), *rounds]
 
 
 def measure(engine: str, name: str, num_rounds: int) -> tuple[list[float], float]:
     """Run an engine in a process of its own: seconds of its rounds, and the loss."""
     root = Path(__file__).parent.parent
-    paths = [str(root), str(PEERS), str(FLOWER)]
+    paths = [str(root), str(FLOWER)]
     done = subprocess.run(
         command(engine, name, num_rounds),
         cwd=root,

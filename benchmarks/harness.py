@@ -46,16 +46,46 @@ MAX_SAID = 200
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """One bar, and whether it is held.
+
+    Attributes:
+        what: Is measured, with its unit.
+        value: Was measured.
+        bar: The largest value allowed.
+    """
+
+    what: str
+    value: float
+    bar: float
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the bar is held."""
+        return self.value <= self.bar
+
+    def __str__(self) -> str:
+        share = self.value / self.bar - 1
+        told = f"{self.what}: {self.value:.3g}, at most {self.bar:.3g}: "
+        if self.is_held:
+            return f"{told}held, {-share:.0%} below"
+        return f"{told}**not held**, {share:.0%} above"
+
+
+@dataclass(frozen=True)
 class Variant:
     """One side of a comparison.
 
     Attributes:
         name: What the table calls it; also the argument of the workload's module.
-        reference: The variant it is divided by; "" = none.
+        reference: The variant it is divided by; "" = none. A run that tells
+            "reference_seconds" has measured it itself, in turns.
         bar: Largest ratio allowed; None = shown only.
+        bar_s: Longest time allowed.
         cores: Cores it may use; with `per_core`, times are multiplied by it.
         per_core: Whether the ratio counts time x cores.
         memory_bar: Largest ratio of memory allowed.
+        memory_bar_bytes: Most memory allowed.
     """
 
     name: str
@@ -64,6 +94,8 @@ class Variant:
     cores: int = 1
     per_core: bool = False
     memory_bar: float | None = None
+    bar_s: float | None = None
+    memory_bar_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +116,7 @@ class Workload:
         memory: Whether one more repetition samples memory.
         repetitions: Largest number of them.
         notes: Said under the table.
+        further: Bars that lie between rows, or in them where the workload is whole.
     """
 
     key: str
@@ -96,6 +129,7 @@ class Workload:
     quick: tuple[str, ...] = ("--quick",)
     repetitions: int = 1000
     notes: str = ""
+    further: Callable[[Sequence[Any]], Sequence[Verdict]] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -114,19 +148,35 @@ class Row:
     ratio_spread: tuple[float, float] | None = None
     memory_bytes: int | None = None
     memory_ratio: float | None = None
+    reference_s: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def is_met(self) -> bool | None:
-        """Whether the bar is held; None without one."""
-        bars = [
-            (self.variant.bar, self.ratio),
-            (self.variant.memory_bar, self.memory_ratio),
+    def verdicts(self) -> list[Verdict]:
+        """Every bar of this row that could be measured."""
+        own, memory = self.variant, self.memory_bytes
+        unit = "time x cores" if own.per_core else "time"
+        found = [
+            (f"{unit} / {own.reference}", self.ratio, own.bar),
+            ("seconds", self.seconds, own.bar_s),
+            (f"memory / {own.reference}", self.memory_ratio, own.memory_bar),
+            (
+                "memory, GB",
+                memory / 2**30 if memory else None,
+                own.memory_bar_bytes and own.memory_bar_bytes / 2**30,
+            ),
         ]
-        asked = [(bar, value) for bar, value in bars if bar is not None]
-        if not asked:
-            return None
-        return all(value is not None and value <= bar for bar, value in asked)
+        return [
+            Verdict(f"{own.name}, {what}", value, bar)
+            for what, value, bar in found
+            if value is not None and bar is not None
+        ]
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether all bars are held; None without one."""
+        found = self.verdicts
+        return all(verdict.is_held for verdict in found) if found else None
 
 
 class Store:
@@ -431,13 +481,14 @@ def _row(
 ) -> Row:
     own = runs[variant.name]
     seconds = [run["seconds"] for run in own if run]
-    reference = runs.get(variant.reference, [])
+    others = runs.get(variant.reference, [None] * len(own))
     factor = variant.cores if variant.per_core else 1
-    ratios = [
-        factor * run["seconds"] / base["seconds"]
-        for run, base in zip(own, reference, strict=False)
-        if run and base
+    pairs = [
+        (run["seconds"], base_s)
+        for run, base in zip(own, others, strict=True)
+        if run and (base_s := run.get("reference_seconds", base and base["seconds"]))
     ]
+    ratios = [factor * own_s / base_s for own_s, base_s in pairs]
     memory = _peak(store, workload, variant.name)
     base_memory = _peak(store, workload, variant.reference)
     return Row(
@@ -448,6 +499,7 @@ def _row(
         (min(ratios), max(ratios)) if ratios else None,
         memory,
         memory / base_memory if memory and base_memory else None,
+        statistics.median(base_s for _, base_s in pairs) if pairs else None,
         next(run for run in reversed(own) if run),
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Row, Workload
+from benchmarks.harness import ROOT, Row, Verdict, Workload
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "monai")
 
@@ -22,7 +22,24 @@ Written by `make bench`; do not edit. Every repetition runs all variants of a wo
 one after another, each in a process of its own, so that a machine that slows down
 slows all of them. Times are medians of at least {repetitions} repetitions of the
 median round, with the fastest and slowest repetition in brackets. Ratios are medians of
-the ratios within each repetition. Memory comes from runs of its own.
+the ratios within each repetition, to the time in the column before them. Memory is the
+largest sum of proportional set sizes over the process tree, in runs of its own.
+"""
+
+DEFINITION = """\
+## How a floor is defined
+
+A floor is the same work in a bare PyTorch loop: the same number of sites, drawn in the
+same way; the same batches, drawn for each site and round and read from the same kind of
+table; the same network, an `nn.Module` that is called as a module; the same optimiser
+step; the same weighted mean over all sites. It has forked workers of one thread each
+wherever ours has, and every trick that ours has: weights and sums in shared memory,
+used in place; one flat vector behind all parameters; fused or one-call steps; channels-
+last; bfloat16 where that is what is compared; columns summed by all workers where the
+model is large; memory that is kept when it is freed. It is spared what a framework is
+for: checks, messages, records, ledgers, checkpoints, private state, failures. One file,
+[floor.py](floor.py), is the floor of W1, W2, W3 and W7, here and in [`make bench-
+peers`](peers/README.md). W5 and W6 have no floor: their rows are libraries.
 """
 
 
@@ -46,7 +63,7 @@ def page(
     parts = [INTRODUCTION.format(repetitions=repetitions)]
     if quick:
         parts.append("**Measured with `--quick`: too few rounds to be quoted.**\n")
-    parts.append(machine(commit))
+    parts += [machine(commit), bars(tables, wholes), DEFINITION]
     sections = [(w.key, table(w, rows, failed)) for w, rows, failed in tables]
     sections += [(w.key, whole_table(w, rows, failed)) for w, rows, failed in wholes]
     parts += [text for _, text in sorted(sections)]
@@ -54,17 +71,41 @@ def page(
     return "\n".join(parts)
 
 
+def bars(
+    tables: Sequence[tuple[Workload, Sequence[Row], Mapping[str, str]]],
+    wholes: Sequence[tuple[Workload, Sequence[Mapping[str, Any]], Mapping[str, str]]],
+) -> str:
+    """Say of every bar whether it is held, and by how much."""
+    told = []
+    for workload, rows, failed in sorted(
+        (*tables, *wholes), key=lambda part: part[0].key
+    ):
+        found: list[Verdict] = []
+        if not workload.is_whole:
+            found += [v for row in rows if isinstance(row, Row) for v in row.verdicts]
+        found += workload.further(rows) if workload.further else ()
+        told += [f"* {workload.key}, {verdict}" for verdict in found]
+        told += [f"* {workload.key}, {name}: **failed**" for name in failed]
+    return "\n".join(["## What was aimed at\n", *told, ""])
+
+
 def table(workload: Workload, rows: Sequence[Row], failed: Mapping[str, str]) -> str:
     """One workload as a table."""
     has_memory = any(row.memory_bytes for row in rows)
     has_loss = any("loss" in row.facts for row in rows)
-    head = ["", "round", "ratio", "bar"]
+    has_reference = any(row.reference_s for row in rows)
+    has_bar = any(row.verdicts for row in rows)
+    head = ["", "time", *(["floor", "ratio"] if has_reference else [])]
+    head += ["at most"] if has_bar else []
     head += ["memory", "ratio"] if has_memory else []
     head += ["start"] + (["loss"] if has_loss else [])
     lines = [_heading(workload), _cells(head), _cells(["---"] * len(head))]
     for row in rows:
-        cells = [row.variant.name, _spread(row.seconds, row.spread), _ratio(row)]
-        cells.append(_bar(row))
+        cells = [row.variant.name, _spread(row.seconds, row.spread)]
+        if has_reference:
+            shown = row.reference_s
+            cells += ["" if shown is None else _spread(shown, None), _ratio(row)]
+        cells += [_bar(row)] if has_bar else []
         if has_memory:
             cells += [_megabytes(row.memory_bytes), _number(row.memory_ratio)]
         cells.append(_seconds(row.facts.get("start_s")))
@@ -78,7 +119,8 @@ def whole_table(
 ) -> str:
     """A workload that measures itself, as a table."""
     known = ("name", "median_s", "spread", "ratio", "bar")
-    more = list(dict.fromkeys(key for row in rows for key in row if key not in known))
+    keys = dict.fromkeys(key for row in rows for key in row if key not in known)
+    more = [key for key in keys if not key.endswith("_bar")]
     head = ["", "median", "ratio", "bar", *(key.replace("_", " ") for key in more)]
     lines = [_heading(workload), _cells(head), _cells(["---"] * len(head))]
     for row in rows:
@@ -172,12 +214,11 @@ def _ratio(row: Row) -> str:
 
 
 def _bar(row: Row) -> str:
-    bars = [f"{row.variant.bar:.2f}"] if row.variant.bar is not None else []
-    if row.variant.memory_bar is not None:
-        bars.append(f"memory {row.variant.memory_bar:.1f}")
-    if not bars:
-        return ""
-    return f"{', '.join(bars)}: {'met' if row.is_met else '**missed**'}"
+    told = [
+        f"{verdict.bar:.3g}{'' if verdict.is_held else ' **missed**'}"
+        for verdict in row.verdicts
+    ]
+    return ", ".join(told)
 
 
 def _spread(seconds: float, spread: Sequence[float] | None) -> str:

@@ -10,19 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.floor_rounds import run_floor
-from benchmarks.floor_size import make_floor
+from benchmarks.floor import Floor, run_floor
 from benchmarks.harness import Variant, Workload
 from benchmarks.measured_study import (
     TRANSPORTS,
     described,
     measure_study,
+    study_of,
     variant_main,
 )
-from benchmarks.scale import study_of
-
-SITES = 8
-BLOCK_SIZE = 2_500_000
 
 WORKLOAD = Workload(
     key="W3",
@@ -34,9 +30,8 @@ WORKLOAD = Workload(
         Variant("ray", "floor", cores=4),
         Variant("inprocess", "floor"),
     ),
-    floors=("benchmarks/floor_size.py", "benchmarks/floor_rounds.py"),
+    floors=("benchmarks/floor.py", "benchmarks/workload.py"),
     memory=True,
-    notes="Memory: largest sum of proportional set sizes over the process tree.",
 )
 
 
@@ -44,15 +39,9 @@ def measured(variant: str, *, quick: bool = False) -> Mapping[str, Any]:
     """Measure one variant."""
     rounds = 7 if quick else 18
     if variant == "floor":
-        floor = make_floor(SITES, block_size=BLOCK_SIZE)
-        return described(run_floor(floor, rounds=rounds))
-    study = study_of(SITES, SITES, rounds=rounds + 1, transport=TRANSPORTS[variant])
-    study["model"] = {
-        "name": "benchmarks.networks:Ballast",
-        "mode": "row",
-        "block_size": BLOCK_SIZE,
-    }
-    return measure_study(study)
+        return described(run_floor(Floor("W3"), rounds=rounds))
+    transport = TRANSPORTS[variant]
+    return measure_study(study_of("W3", rounds=rounds + 1, transport=transport))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Run W1, W2 and W3 with the peers, each beside the bare floor, and write the ratios.
+"""Run W1, W2 and W3 with fedmed and its peers, beside the bare floor.
 
-`python benchmarks/peers/compare.py` builds the environments, runs floor and peer in
-turn, and keeps every pair under `.bench/results`: interrupted, it goes on where it was.
-A peer that cannot be installed, does not end, or did not average is a row that says so.
+`make bench-peers` builds the environments and writes `benchmarks/peers/results.md`. A
+repetition of a workload runs floor, half of the rows, floor, the other half; it is a
+file under `.bench/peers`: interrupted, the same command goes on with the repetition
+where it was. A row that cannot be installed, does not end, or did not average says so.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import argparse
 import hashlib
 import json
 import logging
+import os
+import platform
 import signal
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,50 @@ from environments import HERE, PEERS, InstallError, Peer, environment, versions
 from processes import RunError, run
 
 LOGGER = logging.getLogger("compare")
-ROUNDS = {"W1": 5, "W2": 12, "W3": 8}
+ROOT = HERE.parents[1]
+ROUNDS = {"W1": 4, "W2": 20, "W3": 6}
+QUICK_ROUNDS = {"W1": 2, "W2": 20, "W3": 4}
+TITLES = {
+    "W1": "training a 2D U-Net, 8 sites",
+    "W2": "1,000 sites, 100 sampled, 10,062 parameters",
+    "W3": "100 MB of parameters, 8 sites",
+}
 # How far a final loss may lie from the floor's, in parts of the distance from the floor
-# to the nearer of "nothing learned" and "one site trained alone". Where all sites take
-# part, only rounding differs; in W2 the frameworks draw different sites.
-TOLERANCE = {"W1": 0.02, "W2": 0.25, "W3": 0.02}
+# to the nearer of "nothing learned" and "one site trained alone". Only rounding differs
+# where sites and batches are the floor's; some draw their own.
+TOLERANCE, OWN_TOLERANCE = 0.02, 0.5
+# The most that fedmed may take of a peer's time.
+BARS = (
+    ("W1", "fedmed, bfloat16", "Flower simulation", 1 / 2),
+    ("W1", "fedmed, bfloat16", "NVFlare simulator", 1 / 3),
+)
+FLOOR = "floor"
 
-Pair = dict[str, Any]
+Run = dict[str, Any]
 
 
-def fingerprint(peer: Peer, workload: str) -> str:
-    """Of everything a pair's numbers depend on, so that old pairs are not mixed in."""
-    shared = [
-        HERE / name
-        for name in ("workload.py", "floor.py", "processes.py", "compare.py")
-    ]
-    own = sorted(p for p in (HERE / peer.name).iterdir() if p.is_file())
-    digest = hashlib.sha256(f"{workload} {ROUNDS[workload]}".encode())
+def fingerprint(workload: str, rounds: int) -> str:
+    """Of all that the numbers depend on here, so that old ones are not mixed in.
+
+    fedmed's own code is not among it: `--fresh` measures all anew.
+    """
+    digest = hashlib.sha256(f"{workload} {rounds}".encode())
+    shared = [ROOT / "benchmarks" / name for name in ("workload.py", "floor.py")]
+    own = sorted(path for path in HERE.rglob("*") if path.suffix in {".py", ".txt"})
     for path in shared + own:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def average_error(workload: str, floor: dict[str, Any], loss: float) -> str | None:
+def average_error(
+    workload: str, peer: Peer, floor: Run, loss: float, *, is_like_floor: bool
+) -> str | None:
     """Why the final loss is not that of an average; None where it is."""
     failures = [floor["loss_untrained"], floor["loss_one"]]
     gap = min(abs(floor["loss"] - failure) for failure in failures)
-    if abs(loss - floor["loss"]) <= TOLERANCE[workload] * gap:
+    draws_own = peer.draws_own or (workload == "W2" and peer.draws_sites)
+    is_exact = is_like_floor and not draws_own
+    if abs(loss - floor["loss"]) <= (TOLERANCE if is_exact else OWN_TOLERANCE) * gap:
         return None
     return (
         f"did not average: final loss {loss:.4f}, the floor's {floor['loss']:.4f}, "
@@ -56,175 +75,231 @@ def average_error(workload: str, floor: dict[str, Any], loss: float) -> str | No
     )
 
 
-def measure(
-    peer: Peer, workload: str, *, python: Path, folder: Path, timeout_s: float
-) -> Pair:
-    """Run floor, peer, floor, in the peer's own environment.
-
-    The floor's rounds of before and after count together, so that a machine that gets
-    busier or idler meanwhile moves both sides of the ratio.
-    """
-    tail = [workload, "--rounds", str(ROUNDS[workload])]
-    floor = [str(python), str(HERE / "floor.py"), *tail]
-    command = [str(python), *peer.launcher, str(peer.script), *tail]
-    try:
-        base = run(floor, folder, timeout_s)
-    except RunError as error:
-        return {"failed": f"the floor itself: {error}"}
-    try:
-        result = run(command, folder, timeout_s)
-    except RunError as error:
-        return {"floor": base, "failed": str(error)}
-    try:
-        base["rounds_s"] += run(floor, folder, timeout_s)["rounds_s"]
-    except RunError as error:
-        return {"failed": f"the floor itself: {error}"}
-    pair: Pair = {"floor": base, "peer": result}
-    reason = average_error(workload, base, result["loss"])
-    return pair | ({"failed": reason} if reason else {})
-
-
-def pairs_of(
-    peer: Peer, workload: str, *, folder: Path, repetitions: int
-) -> Iterator[tuple[Path, Pair | None]]:
-    """The files of a peer's repetitions, with what they hold already."""
-    current = fingerprint(peer, workload)
-    for repetition in range(repetitions):
-        path = folder / "results" / f"{peer.name}-{workload}-{repetition}.json"
-        pair = json.loads(path.read_text()) if path.exists() else None
-        yield path, pair if pair and pair["fingerprint"] == current else None
+def repetition(
+    workload: str, peers: list[Peer], *, rounds: int, folder: Path, timeout_s: float
+) -> dict[str, Run]:
+    """Run floor, half of the peers, floor, the other half: a run of each by name."""
+    tail = [workload, "--rounds", str(rounds)]
+    bare = [sys.executable, "-m", "benchmarks.floor", *tail]
+    half = -(-len(peers) // 2)
+    floor: Run = {}
+    found: dict[str, Run] = {}
+    for number, peer in enumerate(peers):
+        if number in {0, half}:
+            LOGGER.info("%s floor", workload)
+            again = run(bare, folder, timeout_s)
+            floor = again | {"rounds_s": floor.get("rounds_s", []) + again["rounds_s"]}
+        LOGGER.info("%s %s", workload, peer.title)
+        try:
+            python = environment(peer, folder)
+            command = [str(python), *peer.command, *tail, *peer.options]
+            one = run(command, folder, timeout_s)
+            one["versions"] = versions(python, (peer.package, "torch"))
+        except (InstallError, RunError) as error:
+            one = {"failed": str(error)}
+            LOGGER.warning("failed: %s", error)
+        found[peer.name] = one
+    for peer in peers:
+        one = found[peer.name]
+        if "failed" not in one and (
+            why := average_error(
+                workload, peer, floor, one["loss"], is_like_floor=not peer.options
+            )
+        ):
+            one["failed"] = why
+    return {FLOOR: floor, **found}
 
 
-def complete(
-    peer: Peer, workload: str, path: Path, *, folder: Path, timeout_s: float
-) -> None:
-    """Make one pair and keep it; a failure is kept as such."""
-    LOGGER.info("%s", path.stem)
-    try:
-        python = environment(peer, folder)
-        pair = measure(
-            peer, workload, python=python, folder=folder, timeout_s=timeout_s
-        )
-        pair["versions"] = versions(python, (peer.package, "torch"))
-    except InstallError as error:
-        pair = {"failed": str(error)}
-    if "failed" in pair:
-        LOGGER.warning("%s failed: %s", path.stem, pair["failed"])
-    pair["fingerprint"] = fingerprint(peer, workload)
+def measure(workload: str, number: int, options: argparse.Namespace) -> None:
+    """Do one repetition unless it is there."""
+    rounds = (QUICK_ROUNDS if options.quick else ROUNDS)[workload]
+    path = file_of(options, workload, number)
+    if stored(path, workload, rounds) is not None:
+        return
+    chosen = [p for p in PEERS if p.name in options.peers and p.does(workload)]
+    runs = repetition(
+        workload,
+        chosen,
+        rounds=rounds,
+        folder=options.folder,
+        timeout_s=options.timeout_s,
+    )
+    content = {"fingerprint": fingerprint(workload, rounds), "runs": runs}
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(pair, indent=1))
+    partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)
 
 
-def row(peer: Peer, workload: str, pairs: list[Pair]) -> dict[str, Any]:
-    """One row: the median round, its ratio to the floor, the ratios' range."""
-    named: dict[str, Any] = {"name": peer.title, "workload": workload}
-    reasons = [pair["failed"] for pair in pairs if "failed" in pair]
-    good = [pair for pair in pairs if "failed" not in pair]
-    if not good:
-        empty = dict.fromkeys(("median_s", "spread", "ratio"))
-        return named | empty | {"failed": reasons[0] if reasons else "not run"}
+def file_of(options: argparse.Namespace, workload: str, number: int) -> Path:
+    place: Path = options.folder / ("peers-quick" if options.quick else "peers")
+    place.mkdir(parents=True, exist_ok=True)
+    return place / f"{workload}-{number}.json"
 
-    def middle(side: str, key: str) -> float:
-        values = [pair[side][key] for pair in good]
-        flat = [v for one in values for v in (one if isinstance(one, list) else [one])]
-        return statistics.median(flat)
 
-    ratios = [
-        statistics.median(pair["peer"]["rounds_s"])
-        / statistics.median(pair["floor"]["rounds_s"])
-        for pair in good
+def stored(path: Path, workload: str, rounds: int) -> dict[str, Run] | None:
+    """Runs of a repetition by name; None where there is none of this code."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    is_current = content.get("fingerprint") == fingerprint(workload, rounds)
+    return content["runs"] if is_current else None
+
+
+def rows_of(workload: str, repetitions: list[dict[str, Run]]) -> list[dict[str, Any]]:
+    """Give a row to the floor and to each peer that was asked."""
+    names = dict.fromkeys(name for one in repetitions for name in one)
+    titles = {FLOOR: "bare PyTorch: the floor"} | {p.name: p.title for p in PEERS}
+    return [
+        {"name": titles[name], "workload": workload, **_row(name, repetitions)}
+        for name in names
     ]
-    result = named | {
-        "median_s": middle("peer", "rounds_s"),
-        "spread": [min(ratios), max(ratios)],
+
+
+def _row(name: str, repetitions: list[dict[str, Run]]) -> dict[str, Any]:
+    pairs = [(one[name], one[FLOOR]) for one in repetitions if name in one]
+    good = [(own, floor) for own, floor in pairs if "failed" not in own]
+    reasons = [own["failed"] for own, _ in pairs if "failed" in own]
+    if not good:
+        return {"ratio": None, "failed": reasons[0]}
+    medians = [statistics.median(own["rounds_s"]) for own, _ in good]
+    ratios = [
+        median / statistics.median(floor["rounds_s"])
+        for median, (_, floor) in zip(medians, good, strict=True)
+    ]
+
+    def middle(key: str) -> float:
+        return statistics.median(own[key] for own, _ in good)
+
+    return {
+        "median_s": statistics.median(medians),
         "ratio": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
         "repetitions": len(good),
-        "floor_median_s": middle("floor", "rounds_s"),
-        "start_s": middle("peer", "start_s"),
-        "floor_start_s": middle("floor", "start_s"),
-        "peak_rss_bytes": middle("peer", "peak_rss_bytes"),
-        "floor_peak_rss_bytes": middle("floor", "peak_rss_bytes"),
-        "loss": middle("peer", "loss"),
-        "floor_loss": middle("floor", "loss"),
-        "versions": good[-1]["versions"],
+        "start_s": middle("start_s"),
+        "peak_rss_bytes": middle("peak_rss_bytes"),
+        "loss": middle("loss"),
+        "versions": good[-1][0].get("versions", {}),
+        "failed_repetitions": reasons,
     }
-    if reasons:
-        result["failed_repetitions"] = reasons
-    return result
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table; failures are named below it."""
+def table(workload: str, rows: list[dict[str, Any]]) -> str:
+    """The rows of one workload; failures are named below them."""
     lines = [
-        "| | work | round | of the floor [range] | n | start | memory | final loss |",
-        "|---|---|---|---|---|---|---|---|",
+        f"## {workload}: {TITLES[workload]}",
+        "",
+        "| | round | of the floor [range] | n | start | memory | final loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     notes = []
     for one in rows:
-        label = f"| {one['name']} | {one['workload']} |"
         if one["ratio"] is None:
-            lines.append(f"{label} none | | 0 | | | |")
-            notes.append(f"* {one['name']}, {one['workload']}: {one['failed']}")
+            lines.append(f"| {one['name']} | none | | 0 | | | |")
+            notes.append(f"* {one['name']}: {one['failed']}")
             continue
         low, high = one["spread"]
         cells = (
             f"{one['median_s']:.3g} s",
             f"{one['ratio']:.2f} [{low:.2f}-{high:.2f}]",
             str(one["repetitions"]),
-            f"{one['start_s']:.1f} s (floor {one['floor_start_s']:.1f})",
-            f"{one['peak_rss_bytes'] / 1e9:.1f} GB "
-            f"(floor {one['floor_peak_rss_bytes'] / 1e9:.1f})",
-            f"{one['loss']:.4f} (floor {one['floor_loss']:.4f})",
+            f"{one['start_s']:.1f} s",
+            f"{one['peak_rss_bytes'] / 1e9:.1f} GB",
+            f"{one['loss']:.4f}",
         )
-        lines.append(f"{label} {' | '.join(cells)} |")
+        lines.append(f"| {one['name']} | {' | '.join(cells)} |")
         notes += [
-            f"* {one['name']}, {one['workload']}, one repetition: {reason}"
-            for reason in one.get("failed_repetitions", [])
+            f"* {one['name']}, one repetition: {reason}"
+            for reason in one["failed_repetitions"]
         ]
-    found = {
-        f"{package} {version}"
-        for one in rows
-        for package, version in one.get("versions", {}).items()
-    }
-    notes.append(f"* {', '.join(sorted(found)) or 'nothing installed'}")
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return "\n".join([*lines, "", *notes, ""])
 
 
-def write(folder: Path, repetitions: int) -> None:
-    """Write all rows, those that this call did not ask for among them."""
-    rows = []
+def statements(rows: list[dict[str, Any]]) -> list[str]:
+    """Whether fedmed takes at most so much of a peer's time."""
+    ratios = {(row["workload"], row["name"]): row["ratio"] for row in rows}
+    told = []
+    for workload, ours, beginning, bar in BARS:
+        own = ratios.get((workload, ours))
+        other = next(
+            (r for (w, n), r in ratios.items() if w == workload and beginning in n),
+            None,
+        )
+        what = f"* {workload}, {ours}, at most {bar:.2f} of {beginning}"
+        if not own or not other:
+            told.append(f"{what}: not measured")
+            continue
+        word = "held" if own <= bar * other else "**not held**"
+        told.append(f"{what}: {word}, {own / other:.2f}")
+    return told
+
+
+def page(options: argparse.Namespace) -> str:
+    """Everything that is stored."""
+    rows: list[dict[str, Any]] = []
+    tables = []
     for workload in ROUNDS:
-        for peer in PEERS:
-            found = pairs_of(peer, workload, folder=folder, repetitions=repetitions)
-            rows.append(row(peer, workload, [pair for _, pair in found if pair]))
-    document = json.dumps({"name": "peers", "rows": rows}, indent=1)
-    (folder / "peers.json").write_text(document + "\n")
-    (folder / "peers.md").write_text(markdown(rows))
+        rounds = (QUICK_ROUNDS if options.quick else ROUNDS)[workload]
+        files = [
+            file_of(options, workload, number) for number in range(options.repetitions)
+        ]
+        found = [runs for file in files if (runs := stored(file, workload, rounds))]
+        if found:
+            own = rows_of(workload, found)
+            rows += own
+            tables.append(table(workload, own))
+    used = sorted(
+        {f"{p} {v}" for row in rows for p, v in row.get("versions", {}).items()}
+    )
+    (options.folder / "peers.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return "\n".join(
+        [
+            "# fedmed and other frameworks on the same work",
+            "",
+            "Written by `make bench-peers`; do not edit. [README.md](README.md) says "
+            "what is compared. Ratios are taken within a repetition; the floor is "
+            "[`benchmarks/floor.py`](../floor.py), that of `make bench`.",
+            "",
+            *(["**Measured with `--quick`: nothing to be quoted.**", ""]
+              if options.quick else []),
+            f"* Machine: {processor()}, {os.cpu_count()} cores",
+            f"* Versions: {', '.join(used)}",
+            *statements(rows),
+            "",
+            *tables,
+        ]
+    )  # fmt: skip
+
+
+def processor() -> str:
+    """Name of the processor."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = [line for line in lines if line.startswith("model name")]
+    return named[0].partition(":")[2].strip() if named else platform.machine()
+
+
+def write(options: argparse.Namespace) -> None:
+    text = page(options)
+    out = options.folder / "peers-quick.md" if options.quick else HERE / "results.md"
+    (options.out or out).write_text(text)
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     options = arguments()
-    folder: Path = options.folder.resolve()
-    (folder / "results").mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
-    peers = [peer for peer in PEERS if peer.name in options.peers]
-    chosen = [(peer, workload) for workload in options.workloads for peer in peers]
-    for repetition in range(options.repetitions):
-        for peer, workload in chosen:
-            files = list(
-                pairs_of(peer, workload, folder=folder, repetitions=options.repetitions)
-            )
-            path, pair = files[repetition]
-            failed = any(p and "failed" in p for _, p in files[:repetition])
-            again = options.retry_failed and pair is not None and "failed" in pair
-            if again or (pair is None and not failed):
-                complete(
-                    peer, workload, path, folder=folder, timeout_s=options.timeout_s
-                )
-            write(folder, options.repetitions)
-    LOGGER.info("wrote peers.json and peers.md\n%s", (folder / "peers.md").read_text())
+    options.folder = options.folder.resolve()
+    options.repetitions = 1 if options.quick else options.repetitions
+    if options.fresh:
+        for workload in options.workloads:
+            for number in range(options.repetitions):
+                file_of(options, workload, number).unlink(missing_ok=True)
+    for number in range(options.repetitions):
+        for workload in options.workloads:
+            LOGGER.info("%s, repetition %d", workload, number + 1)
+            measure(workload, number, options)
+            write(options)
+    print(page(options))
 
 
 def stop(*_: object) -> None:
@@ -235,16 +310,18 @@ def stop(*_: object) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--workloads", nargs="+", choices=list(ROUNDS), default=list(ROUNDS)
     )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--timeout-s", type=float, default=900.0, help="of one run")
-    parser.add_argument("--retry-failed", action="store_true")
-    parser.add_argument("--folder", type=Path, default=HERE.parents[1] / ".bench")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="of one run")
+    parser.add_argument("--quick", action="store_true", help="once, few rounds")
+    parser.add_argument("--fresh", action="store_true", help="measure all anew")
+    parser.add_argument("--out", type=Path, help="the page")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".bench")
     return parser.parse_args()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 INSTALL_TIMEOUT_S = 1800
@@ -16,27 +17,75 @@ INSTALL_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Peer:
-    """A framework that is compared: its folder here, its package, how it is started."""
+    """A row of the comparison.
+
+    Attributes:
+        name: Of its file of results; of its folder here, unless that is given.
+        title: What the table calls it.
+        package: Whose version is told.
+        folder: Its folder here; "" = the bare loop.
+        launcher: Between Python and the script.
+        options: Behind the script's arguments.
+        workloads: What it runs.
+        draws_sites: Whether it samples the sites of a round itself.
+        draws_own: Whether it draws its batches and initial weights itself.
+    """
 
     name: str
     title: str
     package: str
+    folder: str = ""
     launcher: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    workloads: tuple[str, ...] = ("W1", "W2", "W3")
+    draws_sites: bool = False
+    draws_own: bool = False
 
     @property
     def requirements(self) -> Path:
-        return HERE / self.name / "requirements.txt"
+        """What its environment holds; it runs in this one if there is no such file."""
+        return HERE / self.folder / "requirements.txt"
 
     @property
-    def script(self) -> Path:
-        return HERE / self.name / "simulate.py"
+    def command(self) -> tuple[str, ...]:
+        """Behind Python, before the workload."""
+        if not self.folder:
+            return ("-m", "benchmarks.floor")
+        return (*self.launcher, str(HERE / self.folder / "simulate.py"))
+
+    def does(self, workload: str) -> bool:
+        """Whether it runs this workload."""
+        return workload in self.workloads
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+BFLOAT16: dict[str, Any] = {"options": ("--bfloat16",), "workloads": ("W1",)}
+FEDMED: dict[str, Any] = {"package": "fedmed", "folder": "fedmed", "draws_own": True}
 PEERS = (
-    Peer("flower", "Flower simulation (Ray backend)", "flwr"),
-    Peer("pfl_research", "pfl-research, 4 processes", "pfl", TORCHRUN),
-    Peer("nvflare_simulator", "NVFlare simulator", "nvflare"),
+    Peer("fedmed", "fedmed, 4 workers", **FEDMED),
+    Peer("fedmed_bfloat16", "fedmed, bfloat16", **FEDMED, **BFLOAT16),
+    Peer("floor_bfloat16", "the floor, bfloat16", "torch", **BFLOAT16),
+    Peer(
+        "pfl_research",
+        "pfl-research, 4 processes",
+        "pfl",
+        folder="pfl_research",
+        launcher=TORCHRUN,
+    ),
+    Peer(
+        "flower",
+        "Flower simulation (Ray backend)",
+        "flwr",
+        folder="flower",
+        draws_sites=True,
+    ),
+    Peer(
+        "nvflare_simulator",
+        "NVFlare simulator",
+        "nvflare",
+        folder="nvflare_simulator",
+        draws_sites=True,
+    ),
 )
 
 
@@ -46,6 +95,8 @@ class InstallError(Exception):
 
 def environment(peer: Peer, folder: Path) -> Path:
     """Return the Python of the peer's environment, building it where it is missing."""
+    if not peer.requirements.is_file():
+        return Path(sys.executable)
     place = folder / f"venv-{peer.name}"
     python, stamp = place / "bin" / "python", place / "installed"
     digest = hashlib.sha256(peer.requirements.read_bytes()).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.5
 
 
@@ -25,11 +25,12 @@ def quiet_environment(folder: Path) -> dict[str, str]:
     """One thread per process, no telemetry, no GPU, nothing of the caller's Python."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return kept | {
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "FLWR_HOME": str(folder / "flwr"),
+        "FEDMED_CACHE": str(folder / "cache"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

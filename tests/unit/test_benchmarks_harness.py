@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import floor_rounds
+from benchmarks import floor, workload
 from benchmarks.harness import (
     FailedRunError,
     Row,
@@ -59,8 +60,8 @@ def stored(folder: Path) -> Store:
 
 
 def test_a_ratio_is_taken_within_a_repetition(tmp_path):
-    floor, ours = summarise(WORKLOAD, stored(tmp_path), 3)
-    assert floor.is_met is None
+    bare, ours = summarise(WORKLOAD, stored(tmp_path), 3)
+    assert bare.is_met is None
     assert ours.ratio == pytest.approx(1.4)
     assert ours.ratio_spread == pytest.approx((1.4, 1.4))
     assert ours.spread == pytest.approx((1.4, 4.2))
@@ -146,38 +147,42 @@ def test_memory_that_processes_share_counts_once():
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("large", [1, 1_000_000])
 def test_the_floor_is_federated_averaging(monkeypatch, large):
-    monkeypatch.setattr(floor_rounds, "LARGE", large)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(5, 4, 3, generator=generator)
-    labels = torch.randint(2, (5, 4), generator=generator)
-    start = [torch.randn(2, 3, generator=generator), torch.zeros(2)]
+    monkeypatch.setattr(floor, "LARGE", large)
+    with floor.Floor("W2", 2, num_sites=5) as bare:
+        bare.round()
+        bare.round()
+        found = dict(bare.model().named_parameters())
 
-    def loss(leaves, batch, classes):
-        return functional.cross_entropy(functional.linear(batch, *leaves), classes)
-
-    floor = floor_rounds.Floor(
-        start, loss, lambda s, _: (images[s], labels[s]), 5, 5, lr=0.1, num_workers=2
-    )
-    _, weights = floor_rounds.train_floor(floor, rounds=2)
-
-    expected = torch.cat([tensor.reshape(-1) for tensor in start]).double()
-    for _ in range(2):
+    model = workload.build_model("W2").double()
+    work = workload.WORKLOADS["W2"]
+    for number in range(2):
         moved = []
         for site in range(5):
-            layer = torch.nn.Linear(3, 2).double()
-            layer.load_state_dict(
-                {"weight": expected[:6].view(2, 3), "bias": expected[6:]}
-            )
-            step = torch.optim.SGD(layer.parameters(), lr=0.1)
-            functional.cross_entropy(
-                layer(images[site].double()), labels[site]
-            ).backward()
+            local = copy.deepcopy(model)
+            images, labels = workload.site_data("W2", site)
+            (chosen,) = workload.draw_batches("W2", site, number)
+            step = torch.optim.SGD(local.parameters(), lr=work.learning_rate)
+            logits = local(images[chosen].double())
+            functional.cross_entropy(logits, labels[chosen]).backward()
             step.step()
-            moved.append(
-                torch.cat([p.detach().reshape(-1) for p in layer.parameters()])
-            )
-        expected = torch.stack(moved).mean(0)
-    torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-6)
+            moved.append(dict(local.named_parameters()))
+        for name, parameter in model.named_parameters():
+            mean = torch.stack([one[name].detach() for one in moved]).mean(0)
+            parameter.data = mean
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            found[name].double(), parameter, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_the_floor_moves_a_network_into_one_vector_without_changing_it():
+    model = workload.build_model("W1")
+    images, _ = workload.site_data("W1", 0)
+    before = model.eval()(images[:2])
+    flat = floor.flatten(model)
+    torch.testing.assert_close(model(images[:2]), before, rtol=0, atol=0)
+    flat.zero_()
+    assert not any(p.any() for p in model.parameters())
 
 
 def test_lines_of_code_are_neither_words_nor_blank():

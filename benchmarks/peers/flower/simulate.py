@@ -6,12 +6,13 @@ import argparse
 import time
 
 import torch
-import workload
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+
+from benchmarks import workload
 
 
 def client_app(name: str) -> ClientApp:
@@ -24,7 +25,8 @@ def client_app(name: str) -> ClientApp:
         model = workload.build_model(name)
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
         site = int(context.node_config["partition-id"])
-        loss, num_examples = workload.train(name, model, site)
+        number = int(message.content["config"]["server-round"]) - 1
+        loss, num_examples = workload.train(name, model, site, number)
         content = {
             "arrays": ArrayRecord(model.state_dict()),
             "metrics": MetricRecord({"loss": loss, "num-examples": num_examples}),

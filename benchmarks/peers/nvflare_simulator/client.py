@@ -6,7 +6,8 @@ import sys
 
 import nvflare.client as flare
 import torch
-import workload
+
+from benchmarks import workload
 
 
 def main(name: str) -> None:
@@ -19,7 +20,7 @@ def main(name: str) -> None:
         if received is None:
             break
         model.load_state_dict(received.params)
-        loss, _ = workload.train(name, model, site)
+        loss, _ = workload.train(name, model, site, int(received.current_round))
         params = {k: v.cpu() for k, v in model.state_dict().items()}
         flare.send(
             flare.FLModel(

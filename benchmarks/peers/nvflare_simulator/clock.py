@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import workload
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.app_event_type import AppEventType
+
+from benchmarks import workload
 
 
 class Clock(FLComponent):

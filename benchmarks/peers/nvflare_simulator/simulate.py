@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import workload
 from clock import Clock
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv
+
+from benchmarks import workload
 
 CLIENT = Path(__file__).with_name("client.py")
 
@@ -25,7 +26,7 @@ def simulate(name: str, num_rounds: int, folder: str) -> None:
     model = workload.build_model(name)
     recipe = FedAvgRecipe(
         name=name.lower(),
-        model={"class_path": "workload.build_model", "args": {"name": name}},
+        model={"class_path": "benchmarks.workload.build_model", "args": {"name": name}},
         min_clients=work.num_sampled,
         num_rounds=num_rounds,
         train_script=str(CLIENT),

@@ -11,7 +11,6 @@ import itertools
 from typing import Any
 
 import torch
-import workload
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -23,6 +22,8 @@ from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.internal.ops import get_ops
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
+
+from benchmarks import workload
 
 
 class WorkloadModel(PyTorchModel):
@@ -36,12 +37,13 @@ class WorkloadModel(PyTorchModel):
             local_optimizer_create=torch.optim.SGD,
             central_optimizer=torch.optim.SGD(module.parameters(), 1.0),
         )
-        self.name = name
+        self.name, self.round_index = name, 0
 
     def do_multiple_epochs_of(
         self, user_dataset: Dataset, *_: Any, **__: Any
     ) -> LocalResultMetaData:
-        workload.train(self.name, self.pytorch_model, int(user_dataset.user_id))
+        site = int(user_dataset.user_id)
+        workload.train(self.name, self.pytorch_model, site, self.round_index)
         return LocalResultMetaData(num_steps=1)
 
 
@@ -56,7 +58,8 @@ class Timer(TrainingProcessCallback):
     def after_central_iteration(
         self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int
     ) -> tuple[bool, Metrics]:
-        del aggregate_metrics, model, central_iteration
+        del aggregate_metrics
+        model.round_index = central_iteration + 1
         if get_ops().distributed.global_rank == 0:
             self.rounds.done()
         return False, Metrics()
