@@ -276,6 +276,19 @@ class TransportSection(OpenSection):
     name: Literal["inprocess", "workers", "ray", "flower", "deployment"] = "inprocess"
 
 
+class ReportSection(Section):
+    """What the report says beside the results; changes no number.
+
+    Attributes:
+        published: Table of a publication to print beside ours, by the name of its file
+            in `fedmed/report/published_tables`.
+        columns: Its columns -> our sites, where their names differ by more than case.
+    """
+
+    published: str | None = None
+    columns: Mapping[str, str] = Field(default_factory=dict)
+
+
 class Study(Section):
     """A complete study.
 
@@ -299,6 +312,7 @@ class Study(Section):
     tolerance: ToleranceSection = ToleranceSection()
     checkpoint: CheckpointSection = CheckpointSection()
     transport: TransportSection = TransportSection()
+    report: ReportSection = ReportSection()
     cache: str | None = None
 
     @field_validator("name")

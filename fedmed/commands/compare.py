@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 import typer
 
 from fedmed.checkpoint import Checkpoints
-from fedmed.commands.report import print_table
+from fedmed.commands.report import tell
 from fedmed.commands.run import default_folder, execute, listening, refuse_foreign
 from fedmed.leg_pool import LegPool
 from fedmed.leg_progress import LegProgress
@@ -25,7 +24,7 @@ from fedmed.legs import (
     study_of,
     write_index,
 )
-from fedmed.report.tables import comparison_table
+from fedmed.report.published import read_published
 from fedmed.resolve import load_strategy
 from fedmed.run import cache_folder
 from fedmed.runfolder import RunFolder
@@ -54,6 +53,8 @@ def compare_command(
         overrides = (*overrides, f"transport.name={transport}")
     content = apply_overrides(read_yaml(study_file), overrides)
     study = study_from_dict(content, where=study_file.name)
+    if study.report.published:
+        read_published(study.report.published)  # known now, not after hours
     held_out = _sites(study) if leave_one_site_out else (None,)
     folder = out or default_folder(study)
     refuse_foreign(folder, (INDEX_FILE,))
@@ -162,11 +163,4 @@ def _forget_last_round(run_folder: RunFolder) -> None:
 def _finish(folder: Path, *, as_json: bool) -> None:
     from fedmed.report.page import build_report
 
-    page = build_report(folder)
-    table = comparison_table(folder)
-    if as_json:
-        record = {"run": str(folder), "report": str(page), "table": table.as_dict()}
-        typer.echo(json.dumps(record))
-        return
-    print_table(table)
-    typer.echo(f"report: {page}")
+    tell(folder, build_report(folder), {"run": str(folder)}, as_json=as_json)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
-from fedmed.report.tables import Table, comparison_table
+from fedmed.report.published import side_by_side
+from fedmed.report.run_folder import read_comparison
+from fedmed.report.tables import make_table
 
 
 def report_command(folder: Path, *, as_json: bool) -> None:
@@ -16,29 +19,59 @@ def report_command(folder: Path, *, as_json: bool) -> None:
     from fedmed.report.page import build_report
 
     page = build_report(folder)
-    table = comparison_table(folder)
+    tell(folder, page, {}, as_json=as_json)
+
+
+def tell(folder: Path, page: Path, record: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the tables of a run or a comparison.
+
+    Args:
+        folder: The run or the comparison.
+        page: Its report.
+        record: What else programs read.
+        as_json: Print one line for programs.
+    """
+    comparison = read_comparison(folder)
+    table = make_table(comparison)
+    published = side_by_side(comparison, table)
     if as_json:
-        typer.echo(json.dumps({"report": str(page), "table": table.as_dict()}))
+        known = {**record, "report": str(page), "table": table.as_dict()}
+        if published is not None:
+            known["published"] = published.as_dict()
+        typer.echo(json.dumps(known))
         return
-    print_table(table)
+    print_table(
+        f"{table.name}: {table.score_name}",
+        table.header,
+        table.text_rows(),
+        table.notes,
+    )
+    if published is not None:
+        title = published.source.title
+        print_table(title, published.header, published.text_rows(), published.marks)
     typer.echo(f"report: {page}")
 
 
-def print_table(table: Table) -> None:
-    """Print a result table to the terminal."""
+def print_table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
+) -> None:
+    """Print a table to the terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    shown = RichTable(title=f"{table.name}: {table.score_name}")
-    for index, title in enumerate(table.header):
+    shown = RichTable(title=escape(title))
+    for index, name in enumerate(header):
         justify: Literal["left", "right"] = "left" if index == 0 else "right"
-        shown.add_column(title, justify=justify, no_wrap=True)
-    for row in table.text_rows():
+        shown.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
         shown.add_row(*map(escape, row))
     console = Console()
     # Cut numbers are worse than wrapped lines, in a file as in a narrow terminal.
     needed = console.measure(shown, options=console.options.update(width=1000)).maximum
     Console(width=max(console.width, needed)).print(shown)
-    for note in table.notes:
+    for note in notes:
         console.print(note, highlight=False, markup=False)

@@ -155,6 +155,10 @@ def run_command(
     if transport is not None:
         overrides = (*overrides, f"transport.name={transport}")
     study = load_study(study_file, overrides)
+    if study.report.published:
+        from fedmed.report.published import read_published
+
+        read_published(study.report.published)  # known now, not after hours
     folder = out or (newest_folder(study) if resume else default_folder(study))
     if resume:
         require_run(folder)

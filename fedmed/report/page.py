@@ -13,6 +13,7 @@ from fedmed.errors import StorageError
 from fedmed.report import course_grids, narrative, result_grids
 from fedmed.report.overlays import CLASS_COLOURS, PREDICTION_COLOUR, TRUTH_COLOUR
 from fedmed.report.panels import case_panels, curve_panels, galleries
+from fedmed.report.published import side_by_side
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.significance import choose_reference, paired_tests
 from fedmed.report.tables import Table, make_table
@@ -76,6 +77,7 @@ def render(comparison: Comparison) -> str:
 
 def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
     reference = choose_reference(comparison)
+    published = side_by_side(comparison, table)
     overall, by_site = paired_tests(comparison, reference) if reference else ((), ())
     return {
         "name": comparison.title,
@@ -88,6 +90,8 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "sites": course_grids.sites_grid(comparison, table),
         "results": result_grids.results_grid(table),
         "distances": result_grids.distances_grid(table),
+        "published": published.grid() if published else None,
+        "published_notes": published.marks if published else (),
         "classes": result_grids.classes_grid(comparison, table),
         "reference": reference,
         "tests": result_grids.tests_grid(overall, reference or "", by_site=False),

@@ -94,6 +94,12 @@ diagonal of the image as their distance, so neither can improve a mean; the numb
 missed count all seeds.</p>
 {% endif %}
 {% if classes %}{{ grid(classes) }}{% endif %}
+{% if published %}
+<h3>In the layout of the published table</h3>
+{{ grid(published) }}
+{% for note in published_notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% endif %}
 {% else %}
 <p class="none">No case has been scored yet.</p>
 {% endif %}
