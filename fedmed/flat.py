@@ -23,6 +23,9 @@ ALIGNMENT = 64
 CHUNK = 1 << 15
 """Numbers treated at a time: what a processor's own cache holds."""
 
+MEASURED = 1 << 16
+"""Numbers measured at a time: few calls, and still within that cache."""
+
 NESTED = "extra"
 """Tensors below this name have one more part in the name of their section."""
 
@@ -304,15 +307,22 @@ def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
         The sum; NaN or infinite if any number is, or if its square is out of range.
     """
     values = values.detach()
+    room = torch.empty(min(len(values), MEASURED), dtype=values.dtype)
     total = 0.0
-    for start in range(0, len(values), CHUNK):
-        part = values[start : start + CHUNK]
-        if origin is not None:
-            part = part - origin[start : start + CHUNK]
-        if part.dtype.itemsize < torch.float32.itemsize:
-            part = part.float()
-        total += float(torch.dot(part, part))
+    for start in range(0, len(values), MEASURED):
+        part = slice(start, start + MEASURED)
+        own = None if origin is None else origin[part]
+        total += _squares(values[part], own, room[: len(values) - start])
     return total
+
+
+def _squares(values: Tensor, origin: Tensor | None, room: Tensor) -> float:
+    """Sum the squares of a few numbers; `room`, as long, is for the differences."""
+    if origin is not None:
+        values = torch.sub(values, origin, out=room)
+    if values.dtype.itemsize < torch.float32.itemsize:
+        values = values.float()
+    return float(torch.dot(values, values))
 
 
 def run_of(state: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
@@ -356,16 +366,32 @@ def _fill(
         return sum_of_squares(run, origin) if measured else 0.0
     total, start = 0.0, 0
     for tensor in tensors:
-        # A chunk is measured while it lies in the processor's own cache.
-        parts = torch.split(tensor.view(-1), CHUNK) if plain else [tensor]
-        for part in parts:
-            end = start + part.numel()
-            target = run[start:end]
-            target.view(part.shape).copy_(part)
-            if measured:
-                own = None if origin is None else origin[start:end]
-                total += sum_of_squares(target, own)
-            start = end
+        end = start + tensor.numel()
+        target = run[start:end]
+        own = None if origin is None else origin[start:end]
+        if plain and measured:
+            total += _copy_measured(target, tensor.view(-1), own)
+        else:
+            target.view(tensor.shape).copy_(tensor)
+            total += sum_of_squares(target, own) if measured else 0.0
+        start = end
+    return total
+
+
+def _copy_measured(target: Tensor, values: Tensor, origin: Tensor | None) -> float:
+    """Copy (N,) and sum its squares, block by block: each is read from memory once."""
+    targets, parts = torch.split(target, MEASURED), torch.split(values, MEASURED)
+    if origin is None:
+        return sum(
+            _squares(place.copy_(part), None, place)
+            for place, part in zip(targets, parts, strict=True)
+        )
+    total = 0.0
+    origins = torch.split(origin, MEASURED)
+    for place, part, own in zip(targets, parts, origins, strict=True):
+        # The place of the copy is in the cache next, so the differences go there.
+        total += _squares(part, own, place)
+        place.copy_(part)
     return total
 
 

@@ -292,6 +292,7 @@ def _mean(
     return mean.state(section.name)
 
 
+@torch.no_grad()
 def add_rows(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> None:
     r"""Form $\sum_s w_s x_s$ along the fixed tree, chunk by chunk.
 
@@ -303,9 +304,12 @@ def add_rows(out: Tensor, rows: Sequence[Tensor], weights: Sequence[float]) -> N
         rows: One (N,) of its dtype per site, in sorted order of the sites.
         weights: One per row.
     """
-    for start in range(0, len(out), CHUNK):
-        part = slice(start, start + CHUNK)
-        out[part].copy_(_tree([row[part] for row in rows], weights))
+    spare: list[Tensor] = []
+    parts = zip(*(torch.split(row, CHUNK) for row in rows), strict=True)
+    for place, part in zip(torch.split(out, CHUNK), parts, strict=True):
+        total = _tree(part, weights, spare)
+        place.copy_(total)
+        spare.append(total)
 
 
 def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
@@ -323,16 +327,25 @@ def _combine(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tenso
     return result
 
 
-def _tree(tensors: Sequence[Tensor], weights: Sequence[float | int]) -> Tensor:
+def _tree(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float | int],
+    spare: list[Tensor] | None = None,
+) -> Tensor:
     # A binary counter: only log2(sites) partial sums are alive at a time.
-    counter = Counter()
+    counter = Counter(spare)
     for tensor, weight in zip(tensors, weights, strict=True):
-        counter.push(0, _product(tensor, weight))
+        counter.push(0, _product(tensor, weight, spare))
     return counter.total()
 
 
-def _product(tensor: Tensor, weight: float | int) -> Tensor:
-    return tensor.detach().to(torch.float64, copy=True).mul_(weight)
+def _product(tensor: Tensor, weight: float | int, spare: list[Tensor] | None) -> Tensor:
+    if spare and spare[-1].shape == tensor.shape:
+        # What was used just now lies in the processor's own cache.
+        block = spare.pop().copy_(tensor)
+    else:
+        block = tensor.detach().to(torch.float64, copy=True)
+    return block.mul_(weight)
 
 
 class Counter:
@@ -340,9 +353,13 @@ class Counter:
 
     A block of level k is the sum over $2^k$ neighbours that starts at a multiple of
     $2^k$. Whether it was added here or elsewhere makes no difference to any bit.
+
+    Args:
+        spare: Where to put blocks that are used up; None: nowhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: list[Tensor] | None = None) -> None:
+        self._spare = spare
         self._pending: list[tuple[int, Tensor]] = []
 
     def push(self, level: int, block: Tensor) -> None:
@@ -353,13 +370,20 @@ class Counter:
             level, right = pending.pop()
             _, left = pending.pop()
             pending.append((level + 1, left.add_(right)))
+            self._put_aside(right)
 
     def total(self) -> Tensor:
         """Give the sum of all, float64."""
         total = self._pending.pop()[1]
         while self._pending:
-            total = self._pending.pop()[1].add_(total)
+            right, total = total, self._pending.pop()[1]
+            total.add_(right)
+            self._put_aside(right)
         return total
+
+    def _put_aside(self, block: Tensor) -> None:
+        if self._spare is not None:
+            self._spare.append(block)
 
 
 def whole_blocks(places: Sequence[int]) -> list[tuple[int, int]]:

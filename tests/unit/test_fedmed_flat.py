@@ -12,6 +12,7 @@ import torch
 from fedmed.flat import (
     ALIGNMENT,
     CHUNK,
+    MEASURED,
     FlatTensors,
     Layout,
     lazy_clone,
@@ -319,3 +320,45 @@ def test_a_view_is_made_once_and_writes_through() -> None:
     assert packed["state/a"] is packed["state/a"]
     with pytest.raises(KeyError):
         packed["state/b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("measured_from", ["zero", "origin"])
+def test_what_is_measured_while_it_is_packed_keeps_its_bits(
+    dtype: torch.dtype, measured_from: str
+) -> None:
+    """Differences are formed where the copy is to lie; the copy must win."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"state/a": 2 * MEASURED + 5, "state/b": 3, "state/c": MEASURED}
+    tensors = {
+        name: torch.randn(size, generator=generator).to(dtype)
+        for name, size in sizes.items()
+    }
+    tensors["state/a"][MEASURED - 1] = -0.0
+    total = sum(sizes.values())
+    origin = torch.randn(total, generator=generator).to(dtype)
+    before = origin.clone()
+    packed = pack(
+        tensors, origin=lambda _: origin if measured_from == "origin" else None
+    )
+    for name, tensor in tensors.items():
+        assert equal(packed[name], tensor)
+    assert torch.equal(origin, before)
+    ((run, squares),) = packed.squares.items()
+    values = torch.cat([tensors[name] for name in run.names])
+    if measured_from == "origin":
+        values = values - origin
+    expected = float(np.square(values.double().numpy()).sum())
+    assert squares == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", [0, MEASURED, 2 * MEASURED + 4])
+def test_a_bad_number_shows_while_it_is_packed(where: int) -> None:
+    values = torch.zeros(2 * MEASURED + 5)
+    values[where] = math.nan
+    origin = torch.ones(len(values))
+    for start in (None, origin):
+        packed = pack({"state/a": values}, origin=lambda _, start=start: start)
+        (found,) = packed.squares.values()
+        assert math.isnan(found)
+        assert bool(packed["state/a"][where].isnan())
