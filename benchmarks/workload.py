@@ -55,7 +55,7 @@ class Workload:
 
 WORKLOADS = {
     "W1": Workload(8, 8, 32, 8, 4, 0.02),
-    "W2": Workload(1000, 100, 12, 8, 1, 1.0),
+    "W2": Workload(1000, 100, 12, 8, 1, 0.2),
     "W3": Workload(8, 8, 12, 8, 1, 0.02),
 }
 
@@ -64,10 +64,12 @@ def initialise(model: nn.Module) -> None:
     """Draw kernels, always the same: everybody starts from the same weights."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(drawn * (2 / parameter[0].numel()) ** 0.5)
+            elif name.endswith("bias"):
+                parameter.zero_()
 
 
 def conv_block(num_in: int, num_out: int) -> nn.Sequential:
