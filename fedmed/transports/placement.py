@@ -7,8 +7,9 @@ keeps something in the memory of its worker stays there; others may move.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from fedmed.message import Answer, Message, SiteId
 
@@ -36,6 +37,32 @@ class Placement:
         self._place = _even(self._order, num_workers)
         self._bound: set[SiteId] = set()
         self._suspects: dict[SiteId, int] = {}
+
+    def in_waves(
+        self,
+        addressed: Collection[SiteId],
+        run: Callable[[Wave, float | None], Mapping[SiteId, Answer]],
+        *,
+        timeout_s: float | None,
+    ) -> dict[SiteId, Answer]:
+        """Run an exchange wave by wave, and note what its answers tell.
+
+        Args:
+            addressed: Sites that get a message.
+            run: Runs one wave until a moment of `time.monotonic`; None = no limit.
+            timeout_s: Each wave has its own time: a suspect that hangs costs the
+                others nothing.
+
+        Returns:
+            The answers, in sorted order of the sites.
+        """
+        answers: dict[SiteId, Answer] = {}
+        for wave in self.waves(addressed):
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            answers.update(run(wave, deadline))
+        for site_id, answer in answers.items():
+            self.note(site_id, answer)
+        return {site_id: answers[site_id] for site_id in sorted(answers)}
 
     def waves(self, addressed: Collection[SiteId]) -> list[Wave]:
         """Give the sites that share a message: one group per worker and wave.

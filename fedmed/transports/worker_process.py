@@ -6,6 +6,7 @@ replies in shared memory of its own; through the pipe go names and places only.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -198,7 +199,11 @@ class Worker:
             self._add(told.content)
             self._reply(None)
         elif told.word == "job":
-            self._reply(self._run(told.content))
+            delivery = self._run(told.content)
+            self._keeper.forget_reference()
+            for segment in self._mapped.values():
+                segment.end_loan()
+            self._reply(delivery)
         return told.word != "close"
 
     def _reply(self, content: Any) -> None:
@@ -331,6 +336,8 @@ def run_worker(
     logging.getLogger().handlers = [logging.NullHandler()]
     threading.Thread(target=_follow_server, daemon=True).start()
     torch.set_num_threads(spec.threads)
+    # What came along is no garbage, and to look through it would copy its pages.
+    gc.freeze()
     Worker(pipe, spec, durable=durable).serve()
 
 

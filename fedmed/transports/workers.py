@@ -154,14 +154,11 @@ class WorkersTransport(Transport):
         if self._spec is None:
             raise FedMedError("the transport is not open", hint="call open() first")
         check_addressed(messages, self._site_ids)
-        answers: dict[SiteId, Answer] = {}
-        for wave in self._placement.waves(messages):
-            # Each has its own time: a suspect that hangs costs the others nothing.
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            answers.update(self._run_wave(wave, messages, reference, deadline))
-        for site_id, answer in answers.items():
-            self._placement.note(site_id, answer)
-        return {site_id: answers[site_id] for site_id in sorted(answers)}
+
+        def run(wave: Wave, deadline: float | None) -> dict[SiteId, Answer]:
+            return self._run_wave(wave, messages, reference, deadline)
+
+        return self._placement.in_waves(messages, run, timeout_s=timeout_s)
 
     def _run_wave(
         self,
