@@ -39,6 +39,7 @@ class Segment:
         self.size = size
         self._map = mmap.mmap(descriptor, size)
         self._guarded: mmap.mmap | None = None
+        self._lent: list[weakref.ref[np.ndarray]] = []
         self.address = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def tensor(self) -> tuple[Tensor, np.ndarray]:
@@ -52,11 +53,31 @@ class Segment:
             self._guarded = mmap.mmap(
                 self.descriptor, self.size, access=mmap.ACCESS_COPY
             )
-        return torch.from_numpy(np.frombuffer(self._guarded, np.uint8))
+        base = np.frombuffer(self._guarded, np.uint8)
+        self._lent.append(weakref.ref(base))
+        return torch.from_numpy(base)
 
     def renew_guard(self) -> None:
         """Forget what was written to the guarded view: it hides what is new there."""
         self._guarded = None
+
+    def end_loan(self) -> bool:
+        """Let those who still look at guarded views keep what these show now.
+
+        To be called before the memory is written to by another process.
+
+        Returns:
+            Whether anybody does.
+        """
+        kept = [base for lent in self._lent if (base := lent()) is not None]
+        self._lent = []
+        for base in kept:
+            # The system copies a page of such a view when it is first written to.
+            pages = base[:: mmap.PAGESIZE]
+            np.bitwise_or(pages, 0, out=pages)
+        if kept:
+            self.renew_guard()
+        return bool(kept)
 
     def close(self) -> None:
         """Give the descriptor back; the memory goes with the last view."""

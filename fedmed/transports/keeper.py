@@ -99,6 +99,10 @@ class HostKeeper:
             self._yardstick = Yardstick(reference)
         return self._yardstick
 
+    def forget_reference(self) -> None:
+        """Look no longer at what the last replies were measured by."""
+        self._yardstick = None
+
     def _host(self, site_id: SiteId) -> Host:
         if site_id not in self._hosts:
             self._hosts[site_id] = self.spec.open(

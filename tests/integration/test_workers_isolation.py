@@ -198,12 +198,7 @@ def test_a_site_that_writes_to_what_it_got_is_refused_and_harms_nobody(
         assert torch.equal(reply.tensors["w"], before + 5.0)
 
 
-def test_a_host_may_keep_what_it_got(
-    sharing: Transport, request: pytest.FixtureRequest
-) -> None:
-    if isinstance(sharing, WorkersTransport):
-        reason = "the server's memory is used again while the host still looks at it"
-        request.node.add_marker(pytest.mark.xfail(reason=reason))
+def test_a_host_may_keep_what_it_got(sharing: Transport) -> None:
     sharing.exchange(to_all(say("keep", 1.0)))
     for value in range(5, 15):
         sharing.exchange(to_all(say("echo", float(value))))

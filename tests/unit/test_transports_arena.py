@@ -57,6 +57,25 @@ def test_writes_behind_the_guard_stay_there() -> None:
     segment.close()
 
 
+def test_who_still_looks_at_a_guarded_view_keeps_what_it_showed() -> None:
+    size = 3 << 16
+    segment = Segment(1, anonymous_memory(size), size)
+    whole = segment.tensor()[0]
+    whole.copy_(torch.arange(size).remainder(251))
+    expected = whole[70_000:190_001].clone()
+    kept = segment.guarded()[70_000:190_001]
+    kept[5] = expected[5] = 99
+    assert segment.end_loan()
+    whole.fill_(7)
+    assert torch.equal(kept, expected)
+    assert segment.guarded().unique().tolist() == [7]
+    assert not segment.end_loan()  # nobody holds the second view
+    whole.fill_(8)
+    assert torch.equal(kept, expected)
+    assert segment.guarded().unique().tolist() == [8]
+    segment.close()
+
+
 def test_free_memory_is_used_again() -> None:
     pool = Pool()
     one = pool.allocate(1000)
