@@ -28,6 +28,9 @@ from fedmed.transports.arena import Pool, Segment
 from fedmed.transports.keeper import HostKeeper, sent
 from fedmed.transports.transport import HostSpec
 
+KEPT_LAYOUTS = 256
+"""Layouts after which a worker numbers them anew: shapes may differ in every reply."""
+
 Key = tuple[int, int]
 """Names a segment: its owner (0 is the server), and its number."""
 
@@ -222,6 +225,8 @@ class Worker:
         tell(self._pipe, told, [segment.descriptor for segment in segments])
 
     def _run(self, job: Job) -> Delivery:
+        if len(self._layouts) > KEPT_LAYOUTS:
+            self._layouts.clear()
         whole: dict[int, Tensor] = {}
         tables = [self._read(table, whole) for table in job.tables]
         reference = None if job.reference is None else tables[job.reference]

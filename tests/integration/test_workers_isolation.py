@@ -206,6 +206,21 @@ def test_a_host_may_keep_what_it_got(sharing: Transport) -> None:
         assert reply.tensors["w"].unique().tolist() == [1.0]
 
 
+def test_shapes_that_always_change_do_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedmed.transports.worker_process.KEPT_LAYOUTS", 4)
+    held = []
+    with opened(1) as transport:
+        for number in (*range(1, 20), *range(1, 20)):
+            tensors = {"w": torch.full((number,), float(number))}
+            held.append(replies_to(transport, Message("echo", {}, tensors))["site0"])
+        (member,) = transport._crew
+        assert len(member.layouts) <= 6
+    for reply, number in zip(held, (*range(1, 20), *range(1, 20)), strict=True):
+        assert reply.tensors["w"].tolist() == [number] * number
+
+
 def test_a_reply_stays_as_it_is_while_the_exchanges_go_on() -> None:
     held = []
     with opened(3) as transport:
