@@ -93,6 +93,33 @@ def paired_tests(
     return _corrected(overall), _corrected(by_site)
 
 
+def planned_tests(
+    comparison: Comparison, plan: Sequence[tuple[str, str, str]]
+) -> tuple[PairedTest, ...]:
+    """Test what was claimed before the results were seen; one family for Holm.
+
+    Args:
+        comparison: The runs.
+        plan: Claims: the row that should be better, the other one, and the site, or ""
+            for the mean over sites. Rows by their labels.
+
+    Returns:
+        One test a claim, in the same order; without any pair all values are NaN.
+    """
+    groups = {row_label(group[0]): group for group in group_rows(comparison)}
+    tests = []
+    for better, worse, site in plan:
+        ours, theirs = groups.get(better, ()), groups.get(worse, ())
+        pairs = _at(site, _differences(mean_over_seeds(ours), mean_over_seeds(theirs)))
+        by_seed = [_at(site, found) for found in _seed_pairs(ours, theirs)]
+        tests.append(_test(better, site, pairs, [p for p in by_seed if p]))
+    return _corrected(tests)
+
+
+def _at(site: str, pairs: Pairs) -> Pairs:
+    return {name: found for name, found in pairs.items() if site in {"", name}}
+
+
 def choose_reference(comparison: Comparison) -> str | None:
     """Choose what to test against: as asked, else FedAvg, training alone, the first.
 
@@ -212,7 +239,7 @@ def _mean_difference(pairs: Pairs) -> float:
 
 
 def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTest:
-    pooled = np.concatenate(list(pairs.values()))
+    pooled = np.concatenate([np.zeros(0), *pairs.values()])
     low, high = _bootstrap_interval(pairs)
     return PairedTest(
         label,
@@ -230,7 +257,7 @@ def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTe
 
 def _bootstrap_interval(pairs: Pairs) -> tuple[float, float]:
     """95 % percentile interval of the mean over sites of the mean over cases."""
-    if min(len(found) for found in pairs.values()) < 2:
+    if min((len(found) for found in pairs.values()), default=0) < 2:
         return math.nan, math.nan
     draws = np.zeros(NUM_RESAMPLES)
     for site, found in pairs.items():
