@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmed.engine import raise_first
+from fedmed.correspondence import raise_first
 from fedmed.errors import ConfigError, DataError
 from fedmed.message import Message, SiteId
 from fedmed.payload import Card, expect, from_message

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fedmed.checkpoint import Checkpoints
-from fedmed.engine import check_rows
 from fedmed.errors import QuorumError, WireError
 from fedmed.message import Answer, Message, SiteFailure, SiteId
+from fedmed.round_end import check_rows
 from fedmed.runfolder import CLASSIFICATION_COLUMNS, SEGMENTATION_COLUMNS
 from fedmed.transports.inprocess import InProcessTransport
 
