@@ -307,7 +307,9 @@ def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
         The sum; NaN or infinite if any number is, or if its square is out of range.
     """
     values = values.detach()
-    room = torch.empty(min(len(values), MEASURED), dtype=values.dtype)
+    if len(values) <= MEASURED:
+        return _squares(values, origin)
+    room = torch.empty(MEASURED, dtype=values.dtype)
     total = 0.0
     for start in range(0, len(values), MEASURED):
         part = slice(start, start + MEASURED)
@@ -316,7 +318,9 @@ def sum_of_squares(values: Tensor, origin: Tensor | None = None) -> float:
     return total
 
 
-def _squares(values: Tensor, origin: Tensor | None, room: Tensor) -> float:
+def _squares(
+    values: Tensor, origin: Tensor | None, room: Tensor | None = None
+) -> float:
     """Sum the squares of a few numbers; `room`, as long, is for the differences."""
     if origin is not None:
         values = torch.sub(values, origin, out=room)
@@ -383,7 +387,7 @@ def _copy_measured(target: Tensor, values: Tensor, origin: Tensor | None) -> flo
     targets, parts = torch.split(target, MEASURED), torch.split(values, MEASURED)
     if origin is None:
         return sum(
-            _squares(place.copy_(part), None, place)
+            _squares(place.copy_(part), None)
             for place, part in zip(targets, parts, strict=True)
         )
     total = 0.0

@@ -13,34 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmed.flat import Slot
 from fedmed.message import Message
 from fedmed.transports.keeper import dense, sent
 
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies among the arrays of a bundle, and how to read it."""
-
-    index: int
-    dtype: str
-    shape: tuple[int, ...]
+Table = tuple[tuple[Slot, int], ...]
+"""Slots, and the array of each."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A message without its tensors' content; picklable and small."""
+    """A message without its tensors' content; picklable and small.
+
+    Attributes:
+        kind: Of the message.
+        header: Of the message.
+        table: Of each tensor, the slot within its array and the array's number.
+    """
 
     kind: str
     header: Mapping[str, Any]
-    slots: Mapping[str, Slot]
+    table: Table
 
     def moved(self, place: Mapping[int, int]) -> Sheet:
         """Give the sheet for a bundle whose arrays lie in other places."""
-        slots = {
-            name: replace(slot, index=place[slot.index])
-            for name, slot in self.slots.items()
-        }
-        return replace(self, slots=slots)
+        table = tuple((slot, place[number]) for slot, number in self.table)
+        return replace(self, table=table)
 
 
 @dataclass
@@ -52,8 +50,8 @@ class Bundle:
     """
 
     arrays: list[np.ndarray] = field(default_factory=list)
-    _index: dict[int, Slot] = field(default_factory=dict)
-    _tables: dict[int, Mapping[str, Slot]] = field(default_factory=dict)
+    _number: dict[int, int] = field(default_factory=dict)
+    _tables: dict[int, Table] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)
 
     def add(self, message: Message) -> Sheet:
@@ -61,18 +59,20 @@ class Bundle:
         tensors = message.tensors
         if id(tensors) not in self._tables:
             self._alive.append(tensors)
-            slots = {name: self._slot(tensor) for name, tensor in tensors.items()}
-            self._tables[id(tensors)] = slots
+            self._tables[id(tensors)] = tuple(
+                (Slot(name, tensor.dtype, tuple(tensor.shape), 0), self._place(tensor))
+                for name, tensor in tensors.items()
+            )
         return Sheet(message.kind, sent(message.header), self._tables[id(tensors)])
 
-    def _slot(self, tensor: torch.Tensor) -> Slot:
-        if id(tensor) not in self._index:
+    def _place(self, tensor: torch.Tensor) -> int:
+        """Give the number of the array that holds a tensor."""
+        if id(tensor) not in self._number:
             self._alive.append(tensor)
             flat = dense(tensor).reshape(-1)
-            slot = Slot(len(self.arrays), str(tensor.dtype), tuple(tensor.shape))
+            self._number[id(tensor)] = len(self.arrays)
             self.arrays.append(flat.view(torch.uint8).numpy())
-            self._index[id(tensor)] = slot
-        return self._index[id(tensor)]
+        return self._number[id(tensor)]
 
 
 def own_tensors(arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -96,10 +96,5 @@ def unpack(sheet: Sheet, tensors: Sequence[torch.Tensor]) -> Message:
     return Message(
         sheet.kind,
         sheet.header,
-        {name: _read(slot, tensors[slot.index]) for name, slot in sheet.slots.items()},
+        {slot.name: slot.read(tensors[number]) for slot, number in sheet.table},
     )
-
-
-def _read(slot: Slot, content: torch.Tensor) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, slot.dtype.removeprefix("torch."))
-    return content.view(dtype).reshape(slot.shape)

@@ -190,11 +190,9 @@ class RayTransport(Transport):
         origin = None
         if reference is not None:
             origin = bundle.add(Message("reference", {}, reference))
-        every = set() if origin is None else {s.index for s in origin.slots.values()}
+        every = set() if origin is None else {n for _, n in origin.table}
         needs = {
-            worker: every.union(
-                *({s.index for s in sheets[site].slots.values()} for site in group)
-            )
+            worker: every.union(*({n for _, n in sheets[site].table} for site in group))
             for worker, group in wave.items()
         }
         shared = sorted(set.intersection(*needs.values())) if needs else []
@@ -203,9 +201,9 @@ class RayTransport(Transport):
         for worker, group in wave.items():
             own = sorted(needs[worker].difference(shared))
             place = {index: k for k, index in enumerate([*shared, *own])}
-            moved = {id(sheets[s].slots): sheets[s].moved(place).slots for s in group}
+            moved = {id(sheets[s].table): sheets[s].moved(place).table for s in group}
             jobs = [
-                (s, replace(sheets[s], slots=moved[id(sheets[s].slots)])) for s in group
+                (s, replace(sheets[s], table=moved[id(sheets[s].table)])) for s in group
             ]
             reply = self._workers[worker].answer.remote(
                 jobs,
