@@ -346,7 +346,12 @@ def test_what_claims_to_equal_its_pooled_method_does(name, setting):
         with pytest.raises(ConfigError, match="plain SGD"):
             proof(name, *SETTINGS[setting])
         return
-    found = proof(name, *SETTINGS[setting])
+    more = SETTINGS[setting]
+    if (name, setting) == ("series_adapter", "adam"):
+        # With V at zero, the diagonal of its gradient is zero but for rounding (what
+        # follows is normalised); Adam divides that by itself, up to its epsilon.
+        more = ("train.optimizer={name: adam, lr: 0.01, eps: 1.0e-6}",)
+    found = proof(name, *more)
     assert found.max_abs_diff <= 1e-12, found.where
     assert found.moved > 1e-3
     assert found.num_compared > 200
