@@ -43,12 +43,17 @@ PROOF_STUDY: Mapping[str, Any] = {
     "train": {
         "batch_size": 4,
         "loss": "dice_linear+cross_entropy",
-        "optimizer": {"name": "sgd", "lr": 0.05},
+        "optimizer": {"name": "sgd", "lr": 0.02},
         "precision": "float64",
     },
     "evaluate": {"overlays": 0},
 }
-"""Three phantom hospitals, small enough for seconds; overrides change it."""
+"""Three phantom hospitals, small enough for seconds; overrides change it.
+
+The learning rate is one at which training is stable even where sites' losses are added
+up: at 0.05 MS-Net multiplies a rounding error by twenty or so in every step, pooled or
+not, and after eight steps nobody could tell it from a mistake.
+"""
 
 
 @dataclass(frozen=True)
