@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from fedmed.message import Answer, Message, SiteId
@@ -84,15 +83,25 @@ class Placement:
         return waves
 
     def _balance(self, sites: list[SiteId]) -> None:
-        """Move sites where some workers would wait long for others.
+        """Move free sites from workers that others would wait long for.
 
-        Not for little: a site that moves is opened anew.
+        Not for little, and no more than are too many: a site that moves is opened anew.
         """
-        loads = Counter(self._place[site] for site in sites)
+        groups: list[list[SiteId]] = [[] for _ in range(self._num_workers)]
+        for site in sites:
+            groups[self._place[site]].append(site)
         fair = math.ceil(len(sites) / self._num_workers)
-        is_uneven = max(loads.values(), default=0) > UNEVEN * fair
-        if is_uneven and not any(site in self._bound for site in sites):
-            self._place.update(_even(sites, self._num_workers))
+        if max(map(len, groups)) <= UNEVEN * fair:
+            return
+        spare: list[SiteId] = []
+        for group in groups:
+            free = [site for site in group if site not in self._bound]
+            surplus = max(0, len(group) - fair)
+            spare += free[len(free) - min(surplus, len(free)) :]
+        for worker, group in enumerate(groups):
+            room = max(0, fair - len(group))
+            self._place.update(dict.fromkeys(spare[:room], worker))
+            spare = spare[room:]
 
     def note(self, site_id: SiteId, answer: Answer) -> None:
         """Note whether a site is bound to its worker from now on, and its innocence."""

@@ -47,6 +47,27 @@ def test_a_draw_of_free_sites_is_shared_out_evenly() -> None:
     assert [len(group) for group in placement.waves(drawn)[0].values()] == [2] * 4
 
 
+def test_no_more_sites_move_than_are_too_many() -> None:
+    sites = names(40)
+    placement = Placement(sites, 4)
+    home = worker_of(placement.waves(sites))
+    drawn = [*sites[:6], *sites[10:12], *sites[20:22], *sites[30:32]]
+    found = worker_of(placement.waves(drawn))
+    assert sorted(found.values()) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    moved = [site for site in drawn if found[site] != home[site]]
+    assert moved == list(sites[3:6])
+
+
+def test_what_is_bound_stays_and_the_others_make_room() -> None:
+    sites = names(40)
+    placement = Placement(sites, 4)
+    for site in sites[4:8]:
+        placement.note(site, reply())
+    found = worker_of(placement.waves(sites[:8]))
+    assert {found[site] for site in sites[4:8]} == {0}
+    assert {found[site] for site in sites[:4]} == {1, 2}
+
+
 def test_a_site_that_keeps_something_stays_where_it_is() -> None:
     sites = names(40)
     placement = Placement(sites, 4)
