@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -54,6 +55,7 @@ def pool():
         weights=WEIGHTS,
         optimizer=torch.optim.SGD(parameters, lr=0.1),
         lr=0.1,
+        make_optimizer=functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5),
     )
 
 
@@ -99,3 +101,26 @@ def test_a_step_moves_every_parameter_and_says_how_far():
     before, change = optimizer_change(other, 0)["body.weight"]
     assert torch.equal(before, start)
     torch.testing.assert_close(before + change, pooled.model.body.weight.detach())
+
+
+def test_each_phase_has_an_optimiser_of_its_own_with_the_rate_of_the_day():
+    pooled = pool()
+    first = pooled.optimizer_of("first")
+    pooled.set_lr(0.3)
+    second = pooled.optimizer_of("second")
+    assert pooled.optimizer_of("first") is first
+    assert second is not first
+    for optimizer in (pooled.optimizer, first, second):
+        assert [group["lr"] for group in optimizer.param_groups] == [0.3]
+        (group,) = optimizer.param_groups
+        assert len(group["params"]) == 2 + 2 * 2
+    pooled_gradient(pooled, 0)
+    first.step()
+    assert first.state
+    assert not second.state
+    pooled.forget_gradients()
+    assert not any(p.grad is not None for p in pooled.model.parameters())
+
+
+def test_shares_of_a_sum_add_up_to_the_number_of_sites():
+    assert pool().shares == {"a": 1.5, "b": 0.5}

@@ -88,12 +88,13 @@ def test_the_server_adds_gradients_up(tmp_path):
         torch.testing.assert_close(sent, expected)
 
 
-def test_without_auxiliaries_it_is_local_normalisation_bit_for_bit(tmp_path):
-    """In `sync: round`, where FedBN takes the same uniform mean."""
-    train = {"optimizer": {"name": "adam", "lr": 0.01}}
-    found = runs.run(study_of("round", strategy=ALONE, train=train), tmp_path / "ms")
-    plain = study_of("round", method="fedbn", train=train)
-    expected = runs.run(plain, tmp_path / "bn")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("sync", ["step", "round"])
+def test_without_auxiliaries_it_is_dsbn_bit_for_bit(tmp_path, sync, optimizer):
+    train = {"optimizer": {"name": optimizer, "lr": 0.01}}
+    found = runs.run(study_of(sync, strategy=ALONE, train=train), tmp_path / "ms")
+    plain = study_of(sync, method="dsbn", train=train)
+    expected = runs.run(plain, tmp_path / "dsbn")
     torch.testing.assert_close(found.shared, expected.shared, rtol=0, atol=0)
     for site in SITES:
         own = kept_of(found, site)
