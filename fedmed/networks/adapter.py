@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedmed.errors import ConfigError
 from fedmed.networks.normalisation import Norm, make_norm
@@ -25,6 +26,7 @@ AdapterKind = Literal["series", "parallel"]
 _Convolution = nn.modules.conv._ConvNd
 _Transposed = nn.modules.conv._ConvTransposeNd
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _POINTWISE_TRANSPOSED = {
     1: nn.ConvTranspose1d,
     2: nn.ConvTranspose2d,
@@ -97,7 +99,15 @@ class ParallelAdapter(Adapter):
 
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Correct the convolution's output."""
-        corrected: Tensor = output + self.projection(inputs)
+        if not isinstance(self.projection, _Transposed):
+            added: Tensor = self.projection(inputs)
+            return output + added
+        # Each input voxel meets one output voxel. torch 2.13's own layer corrupts
+        # memory here (CPU, channels last, 16 to 8 channels, backward).
+        weight = self.projection.weight.transpose(0, 1)
+        steps = tuple(slice(None, None, stride) for stride in self.projection.stride)
+        corrected = output.clone()
+        corrected[(..., *steps)] += _CONVOLVE[len(steps)](inputs, weight)
         return corrected
 
 

@@ -139,7 +139,10 @@ def test_a_parallel_adapter_has_the_size_of_its_convolution(layer):
     inputs = torch.randn(1, 2, *size)
     output = layer(inputs)
     adapter = ParallelAdapter(layer)
-    assert adapter(inputs, output).shape == output.shape
+    nn.init.normal_(adapter.projection.weight)
+    corrected = adapter(inputs, output)
+    assert corrected.shape == output.shape
+    torch.testing.assert_close(corrected, output + adapter.projection(inputs))
 
 
 @pytest.mark.parametrize(
