@@ -158,6 +158,12 @@ class UMMKD(Strategy):
     )
     kept_by_site: ClassVar = ("every entry of every normalisation layer",)
     keeps: ClassVar = ("norm",)
+    published_model: ClassVar[dict[str, Any]] = {
+        "name": "dilated_residual",
+        "preset": "paper",
+        "slices": 3,
+        "num_classes": 5,
+    }
 
     def __post_init__(self) -> None:
         """Check the constants."""

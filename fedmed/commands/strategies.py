@@ -9,8 +9,13 @@ from typing import Any
 
 import typer
 
-from fedmed.resolve import strategy_class, strategy_names
+from fedmed.message_size import NetworkSize, network_size
+from fedmed.report.wording import size
+from fedmed.resolve import load_strategy, strategy_class, strategy_names
 from fedmed.strategy import Strategy
+
+DEFAULT_MODEL = {"name": "unet"}
+"""What a study that says nothing about its model gets."""
 
 
 def describe(name: str, cls: type[Strategy]) -> dict[str, Any]:
@@ -33,17 +38,75 @@ def describe(name: str, cls: type[Strategy]) -> dict[str, Any]:
     }
 
 
+def message_sizes(name: str) -> list[NetworkSize]:
+    """What its messages weigh, with the default and with the published network."""
+    strategy = load_strategy(name, {})
+    models = [DEFAULT_MODEL, strategy.published_model]
+    return [network_size(strategy, model) for model in models if model]
+
+
 def strategies_command(name: str | None, *, as_json: bool) -> None:
-    """List all methods, or show one."""
-    names = strategy_names() if name is None else (name,)
-    found = [describe(each, strategy_class(each)) for each in names]
+    """List all methods, or show one and what its messages weigh."""
+    if name is not None:
+        _show(name, as_json=as_json)
+        return
+    found = [describe(each, strategy_class(each)) for each in strategy_names()]
     if as_json:
         typer.echo(json.dumps({"strategies": found}))
-    elif name is not None:
-        typer.echo(inspect.getdoc(strategy_class(name)) or "")
-        typer.echo(f"\nPaper: {found[0]['paper']}")
     else:
         _print_table(found)
+
+
+def _show(name: str, *, as_json: bool) -> None:
+    cls = strategy_class(name)
+    facts, sizes = describe(name, cls), message_sizes(name)
+    if as_json:
+        facts["networks"] = [dataclasses.asdict(each) for each in sizes]
+        typer.echo(json.dumps({"strategies": [facts]}))
+        return
+    typer.echo(inspect.getdoc(cls) or "")
+    typer.echo(f"\nPaper: {facts['paper']}")
+    typer.echo(f"Exchanges: {_price(facts)}")
+    _print_sizes(sizes)
+
+
+def _price(facts: dict[str, Any]) -> str:
+    costs = [
+        f"{facts[f'exchanges_per_{unit}']} a {unit}"
+        for unit in ("step", "round")
+        if facts[f"exchanges_per_{unit}"] is not None
+    ]
+    return " / ".join(costs)
+
+
+def _print_sizes(sizes: list[NetworkSize]) -> None:
+    typer.echo(
+        "\nA message carries what is shared of the parts that it is about: down as "
+        "weights,\nup as weights or as their gradient (float32). 'Leaves the site' "
+        "says what else it holds."
+    )
+    for each in sizes:
+        typer.echo(f"\n{each.network}, {each.num_classes} classes")
+        _print_parts(each)
+
+
+def _print_parts(network: NetworkSize) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part")
+    for heading in ("weights shared", "in a message", "weights kept", "kept, in all"):
+        table.add_column(heading, justify="right")
+    for part in network.parts:
+        table.add_row(
+            part.part,
+            f"{part.shared_values:,}",
+            size(part.shared_bytes),
+            f"{part.kept_values:,}",
+            size(part.kept_bytes),
+        )
+    Console().print(table)
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:
@@ -54,15 +117,10 @@ def _print_table(found: list[dict[str, Any]]) -> None:
     for title in ("strategy", "exact", "exchanges", "leaves the site", "kept", "paper"):
         table.add_column(title, overflow="fold")
     for facts in found:
-        costs = [
-            f"{facts[f'exchanges_per_{unit}']} a {unit}"
-            for unit in ("step", "round")
-            if facts[f"exchanges_per_{unit}"] is not None
-        ]
         table.add_row(
             facts["name"],
             "yes" if facts["exact"] else "",
-            " / ".join(costs),
+            _price(facts),
             "; ".join(facts["leaves_site"]),
             "; ".join(facts["kept_by_site"]),
             facts["paper"],
