@@ -110,7 +110,7 @@ QUESTIONS: Final = {
             store="prostate",
             remarks=(
                 "Equal steps, batches and passes through the data; `sync: round` sends "
-                "100 times fewer messages and starts its optimiser afresh every round.",
+                "50 times fewer messages and starts its optimiser afresh every round.",
             ),
         ),
         Question(

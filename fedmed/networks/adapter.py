@@ -105,9 +105,10 @@ class ParallelAdapter(Adapter):
         # Each input voxel meets one output voxel. torch 2.13's own layer corrupts
         # memory here (CPU, channels last, 16 to 8 channels, backward).
         weight = self.projection.weight.transpose(0, 1)
-        steps = tuple(slice(None, None, stride) for stride in self.projection.stride)
+        strides = self.projection.stride
+        places: Any = (..., *(slice(None, None, stride) for stride in strides))
         corrected = output.clone()
-        corrected[(..., *steps)] += _CONVOLVE[len(steps)](inputs, weight)
+        corrected[places] += _CONVOLVE[len(strides)](inputs, weight)
         return corrected
 
 
