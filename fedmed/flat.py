@@ -62,12 +62,12 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         """Bytes in it."""
         return self.numel * self.dtype.itemsize

@@ -29,6 +29,7 @@ import torch
 
 from fedmed.checkpoint import numbered, read_tree, write_tree
 from fedmed.errors import StorageError
+from fedmed.flat import lazy_clone
 from fedmed.message import State
 from fedmed.storage import remove_leftovers, storage_errors, sync_folder
 from fedmed.strategy import Private
@@ -347,7 +348,12 @@ def _copy(private: Private) -> Private:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """Copy a tensor; memory of its own is copied when somebody writes to it."""
+    tensor = tensor.detach()
+    is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    if tensor.is_cpu and is_whole and tensor.is_contiguous():
+        return lazy_clone(tensor)
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _copy_json(value: Any) -> Any:
