@@ -73,7 +73,7 @@ def study_of(strategy: str, *, rounds: int, transport: Mapping[str, Any]) -> Any
 def measured(variant: str, *, quick: bool = False) -> Mapping[str, Any]:
     """Measure one variant."""
     name, _, side = variant.partition("/")
-    rounds, skip = (4, 1) if quick else (9, 2)
+    rounds, skip = (3, 1) if quick else (5, 1)
     if side != "floor":
         transport = TRANSPORTS[side]
         if side == "workers":

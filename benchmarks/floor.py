@@ -70,6 +70,7 @@ class Floor:
         initial = flat_entries(workload.build_model(name))
         self.weights = shared_floats(1, initial.numel())[0].copy_(initial)
         self.sums = shared_floats(num_workers, initial.numel())
+        del initial
         self.number = 0
         self._answers = os.pipe()
         self._orders, self._children = [], []

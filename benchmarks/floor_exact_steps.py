@@ -1,11 +1,11 @@
 """The floor of W4: pooled training of six sites in one plain PyTorch loop.
 
-One process, one thread, channels-last, float32. In each step every site's batch goes
-forward and backward, its loss weighted by the site's share, so that gradients add up
-in place, and one fused Adam moves all parameters. `fedbn`: convolutions are one and
-the same parameter in six networks, every site has normalisation of its own. Batches
-are drawn through the same `ExampleIndex` and seeds as ours, within the timed loop for
-both, so both train on the same numbers.
+One process, one thread, channels-last, float32, freed memory kept. In each step every
+site's batch goes forward and backward, its loss weighted by the site's share, so that
+gradients add up in place, and one fused Adam moves all parameters. `fedbn`:
+convolutions are one and the same parameter in six networks, every site has
+normalisation of its own. Batches are drawn through the same `ExampleIndex` and seeds as
+ours, within the timed loop for both, so both train on the same numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.measured_study import Timed
 from fedmed import seeds
 from fedmed.strategy import Strategy
 from fedmed.study import Study
+from fedmed.training.allocator import keep_freed_memory
 from fedmed.training.examples import ExampleIndex
 from sites.context import Workbench
 
@@ -47,6 +48,7 @@ def train_pooled(
 ) -> Timed:
     """Train as the study says; a round is the study's local steps."""
     torch.set_num_threads(study.train.threads)
+    keep_freed_memory()
     benches = [Workbench(study, site, cache) for site in site_ids]
     indices: list[ExampleIndex] = [bench.indices[0] for bench in benches]
     is_uniform = strategy.weighting == "uniform"

@@ -76,7 +76,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=STORE)
     parser.add_argument("--quick", action="store_true", help="a try, not written down")
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 def main(words: Sequence[str]) -> None:

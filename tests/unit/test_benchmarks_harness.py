@@ -28,7 +28,7 @@ from benchmarks.harness import (
     summarise,
     tree_memory,
 )
-from benchmarks.results_page import code_lines, table
+from benchmarks.results_page import bars, code_lines, table
 
 WORKLOAD = Workload(
     key="W0",
@@ -200,3 +200,23 @@ def test_runs_that_measure_themselves_are_put_together():
     assert combined(runs) == [
         {"name": "ours", "median_s": 2.0, "spread": [1.0, 4.0], "bar": 0.5}
     ]
+
+
+def test_a_run_may_bring_the_time_that_it_is_divided_by(tmp_path):
+    workload_ = Workload("W0", "", "", (Variant("ours", "its floor", bar=1.05),))
+    store = Store(tmp_path)
+    for number, floor_s in enumerate((1.0, 2.0, 4.0)):
+        told = {"seconds": 1.1 * floor_s, "reference_seconds": floor_s}
+        store.write("W0", "ours", number, result=told)
+    (row,) = summarise(workload_, store, 3)
+    assert row.ratio == pytest.approx(1.1)
+    assert row.reference_s == 2.0
+    (verdict,) = row.verdicts
+    assert "its floor: 1.1, at most 1.05: **not held**, 5% above" in str(verdict)
+
+
+def test_the_page_says_of_every_bar_whether_it_is_held(tmp_path):
+    rows = summarise(WORKLOAD, stored(tmp_path), 3)
+    told = bars([(WORKLOAD, rows, {})], [])
+    assert "* W0, ours, time / floor: 1.4, at most 1.5: held, 7% below" in told
+    assert "* W0, ours, memory / floor: 1.5, at most 1.2: **not held**, 25%" in told
