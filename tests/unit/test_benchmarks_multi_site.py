@@ -144,6 +144,6 @@ def test_questions_ask_for_what_there_is(question: Question) -> None:
 
 
 def test_seeds_and_changes_are_read() -> None:
-    given = arguments(["prostate", "rounds=2", "--seeds", "3,4", "--jobs", "2"])
+    given = arguments(["prostate", "--seeds", "3,4", "--jobs", "2", "rounds=2"])
     assert (given.seeds, given.change, given.jobs) == ([3, 4], ["rounds=2"], 2)
     assert json.dumps(arguments(["all"]).seeds) == "[0, 1, 2, 3, 4]"
