@@ -46,12 +46,12 @@ FLOOR = "floor"
 Run = dict[str, Any]
 
 
-def fingerprint(workload: str, rounds: int) -> str:
+def fingerprint(workload: str, rounds: int, peers: list[str]) -> str:
     """Of all that the numbers depend on here, so that old ones are not mixed in.
 
     fedmed's own code is not among it: `--fresh` measures all anew.
     """
-    digest = hashlib.sha256(f"{workload} {rounds}".encode())
+    digest = hashlib.sha256(f"{workload} {rounds} {sorted(peers)}".encode())
     shared = [ROOT / "benchmarks" / name for name in ("workload.py", "floor.py")]
     own = sorted(path for path in HERE.rglob("*") if path.suffix in {".py", ".txt"})
     for path in shared + own:
@@ -114,7 +114,7 @@ def measure(workload: str, number: int, options: argparse.Namespace) -> None:
     """Do one repetition unless it is there."""
     rounds = (QUICK_ROUNDS if options.quick else ROUNDS)[workload]
     path = file_of(options, workload, number)
-    if stored(path, workload, rounds) is not None:
+    if stored(path, workload, rounds, options.peers) is not None:
         return
     chosen = [p for p in PEERS if p.name in options.peers and p.does(workload)]
     runs = repetition(
@@ -124,7 +124,10 @@ def measure(workload: str, number: int, options: argparse.Namespace) -> None:
         folder=options.folder,
         timeout_s=options.timeout_s,
     )
-    content = {"fingerprint": fingerprint(workload, rounds), "runs": runs}
+    content = {
+        "fingerprint": fingerprint(workload, rounds, options.peers),
+        "runs": runs,
+    }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)
@@ -136,13 +139,15 @@ def file_of(options: argparse.Namespace, workload: str, number: int) -> Path:
     return place / f"{workload}-{number}.json"
 
 
-def stored(path: Path, workload: str, rounds: int) -> dict[str, Run] | None:
+def stored(
+    path: Path, workload: str, rounds: int, peers: list[str]
+) -> dict[str, Run] | None:
     """Runs of a repetition by name; None where there is none of this code."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    is_current = content.get("fingerprint") == fingerprint(workload, rounds)
+    is_current = content.get("fingerprint") == fingerprint(workload, rounds, peers)
     return content["runs"] if is_current else None
 
 
@@ -243,7 +248,11 @@ def page(options: argparse.Namespace) -> str:
         files = [
             file_of(options, workload, number) for number in range(options.repetitions)
         ]
-        found = [runs for file in files if (runs := stored(file, workload, rounds))]
+        found = [
+            runs
+            for file in files
+            if (runs := stored(file, workload, rounds, options.peers))
+        ]
         if found:
             own = rows_of(workload, found)
             rows += own
