@@ -112,7 +112,8 @@ def one_pass(ward, weights, *, task_weight, index=0):
             logits = torch.func.functional_call(
                 model,
                 {**bench.workshop.initially_kept, **leaves},
-                (batch.images.double(),),
+                # As the trainer sends them: masks are drawn in the order of memory.
+                (batch.images.to(torch.float64, memory_format=torch.channels_last),),
             )
         hook.remove()
         told[site] = {
