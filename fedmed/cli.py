@@ -160,6 +160,11 @@ def options(
 ) -> None:
     """Multi-hospital imaging studies, federated exactly."""
     del version
+    set_up_logging(verbose)
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Let a process tell people of our errors, or programmers of everything."""
     if verbose:
         form = "%(levelname)s %(name)s: %(message)s"
         logging.basicConfig(level=logging.INFO, format=form)

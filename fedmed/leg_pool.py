@@ -91,10 +91,10 @@ class LegPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         ours, theirs = context.Pipe(duplex=False)
-        level = logging.getLogger().getEffectiveLevel()
+        verbose = logging.getLogger().isEnabledFor(logging.INFO)
         process = context.Process(
             target=run_leg_process,
-            args=(theirs, study.to_dict(), folder, level),
+            args=(theirs, study.to_dict(), folder, verbose),
             name="fedmed-leg",
         )
         process.start()

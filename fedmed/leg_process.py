@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fedmed.cli import set_up_logging
 from fedmed.errors import FedMedError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Verdict:
 
 
 def run_leg_process(
-    pipe: Connection, study: dict[str, Any], folder: Path, level: int
+    pipe: Connection, study: dict[str, Any], folder: Path, verbose: bool
 ) -> None:
     """Be the process of one leg.
 
@@ -49,7 +50,7 @@ def run_leg_process(
         pipe: Where the `Verdict` goes.
         study: The resolved study.
         folder: The run folder.
-        level: Of the log.
+        verbose: Log what happens inside.
     """
     os.setsid()  # Ctrl-C reaches the comparison only, which passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -61,7 +62,7 @@ def run_leg_process(
 
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    logging.basicConfig(level=level, format="fedmed: %(message)s")
+    set_up_logging(verbose)
     pipe.send(_verdict(study, folder, stop))
     pipe.close()
 
