@@ -50,7 +50,7 @@ def test_a_strategy_from_anywhere_is_loaded_by_its_full_name():
     ("name", "told"),
     [
         ("fedavgg", "did you mean 'fedavg'"),
-        ("zzz", "Known: fedadam"),
+        ("zzz", ", fedadam, fedavg"),
         ("no_such_package.module:Class", "cannot be imported"),
         ("tiny.odd_strategies:Missing", "cannot be imported"),
         ("tiny.odd_strategies:NO_STRATEGY", "not a subclass"),
