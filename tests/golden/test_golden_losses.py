@@ -55,6 +55,12 @@ GOLDEN = {
         {"class_weights": [0.2, 1.0, 3.0]},
         0.0,
     ),
+    # UMMKD: w_c = 1 - (voxels of class c) / (all voxels), anew for each batch.
+    "cross_entropy_by_frequency": (
+        lambda p, y: cross_entropy(p, y, w=1 - y.mean(axis=0)),
+        {},
+        0.0,
+    ),
 }
 
 
