@@ -378,6 +378,17 @@ class Strategy(abc.ABC):
             server = yield from self.step(server, cohort, index)
         return server
 
+    def personalise(self, site: SiteContext, model: nn.Module) -> None:  # noqa: B027
+        """Adapt the network to a site before it is evaluated there; not by default.
+
+        Called inside the hospital, at sites that have training data and are not held
+        out; what it changes is forgotten after the evaluation.
+
+        Args:
+            site: The hospital, as after its last message.
+            model: The live network in training mode, to be changed in place.
+        """
+
     def pooled_step(self, pool: PooledTraining, index: int) -> None:
         """One step of the pooled method that `sync: step` equals."""
         from fedmed.training.pooled import pooled_step

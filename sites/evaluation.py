@@ -24,7 +24,7 @@ from fedmed.strategy import Private
 from fedmed.training.examples import is_class
 from fedmed.training.predict import predict_case
 from sites.calibration import calibrate, needs_calibration
-from sites.context import Workbench
+from sites.context import HospitalContext, Workbench
 from sites.data import AnyCase, SliceView
 
 MAX_HELPERS = 4
@@ -100,6 +100,9 @@ def evaluate(
     model = bench.load(weights, private)
     if needs_calibration(bench, private):
         calibrate(bench, model)
+    if bench.data.site_id not in bench.study.split.held_out and bench.training:
+        site: Any = HospitalContext(bench, private, number=0)
+        bench.strategy.personalise(site, model.train())
     model.eval()
     views = [(split, case) for split in splits for case in bench.data.splits[split]]
     pictured = splits[-1] if overlays is not None else None
