@@ -42,6 +42,9 @@ class WaitingTensors(FlatTensors):
         self._views = {}
         self._here: torch.Tensor | None = None
 
+    # Mappings compare by content and so have no hash; a reply is known by itself.
+    __hash__ = object.__hash__
+
     @property
     def buffer(self) -> torch.Tensor:  # type: ignore[override]
         """The bytes; they travel when they are first asked for.

@@ -16,6 +16,8 @@ import torch
 
 from fedmed.errors import FedMedError, UsageError
 from fedmed.message import Message, SiteFailure
+from fedmed.reduce import weighted_mean
+from fedmed.replies import Replies, states_of
 from fedmed.transports.inprocess import InProcessTransport
 from fedmed.transports.ray import RayTransport
 from fedmed.transports.transport import HostSpec
@@ -79,6 +81,25 @@ def test_bitwise_equal_to_in_process(transport: RayTransport) -> None:
         reference.open(SPEC, SITES)
         expected = toy.run_rounds(reference, SITES)
     toy.assert_bitwise_equal(toy.run_rounds(transport, SITES), expected)
+
+
+@pytest.mark.parametrize("numel", [1000, 3_000_001])
+def test_short_and_long_replies_add_up_to_the_same_bits(
+    transport: RayTransport, numel: int
+) -> None:
+    """Long ones stay with their actors, which add them up."""
+    sent = dict.fromkeys(SITES, Message("large", {"numel": numel}))
+    weights = {site: 1.0 + position for position, site in enumerate(SITES)}
+    means = []
+    with InProcessTransport() as reference:
+        reference.open(SPEC, SITES)
+        for one in (reference, transport):
+            answers = one.exchange(sent)
+            messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
+            assert set(messages) == set(SITES)
+            states = states_of(Replies(messages), "state")
+            means.append(weighted_mean(states, weights)["w"])
+    assert torch.equal(*means)
 
 
 def test_only_this_machine_can_reach_the_cluster(transport: RayTransport) -> None:
