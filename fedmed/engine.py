@@ -191,6 +191,7 @@ class Engine:
             rng_seed=seeds.derive(self.study.seed, "strategy", number),
             num_sites=len(self.members),
             first_step=self._first_step(number),
+            num_rounds=self.study.rounds,
         )
 
     def _drawn(self, number: int) -> tuple[Member, ...]:

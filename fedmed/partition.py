@@ -101,9 +101,7 @@ class StatePartition:
             ConfigError: Unknown word; the hint names the nearest known.
         """
         entries = describe_state(model)
-        words = [keep] if isinstance(keep, str) else list(keep)
-        tests = [_test_for(word, entries) for word in words]
-        kept = {e.name for e in entries if any(test(e) for test in tests)}
+        kept = set(select(entries, keep))
         return cls(
             shared=tuple(e.name for e in entries if e.name not in kept),
             kept=tuple(e.name for e in entries if e.name in kept),
@@ -148,6 +146,17 @@ class StatePartition:
         chosen = None if names is None else set(names)
         wanted = [e for e in self.entries if chosen is None or e.name in chosen]
         check_state(state, wanted)
+
+
+def select(entries: tuple[Entry, ...], words: Iterable[str]) -> tuple[str, ...]:
+    """Name the entries that any of the words means; words as for `StatePartition.of`.
+
+    Raises:
+        ConfigError: Unknown word; the hint names the nearest known.
+    """
+    chosen = [words] if isinstance(words, str) else list(words)
+    tests = [_test_for(word, entries) for word in chosen]
+    return tuple(e.name for e in entries if any(test(e) for test in tests))
 
 
 def describe_state(model: nn.Module) -> tuple[Entry, ...]:

@@ -193,6 +193,7 @@ def _first_cohort(study: Study, benches: Mapping[SiteId, Any], steps: int) -> Co
         steps=steps,
         round=1,
         rng_seed=seeds.derive(study.seed, "strategy", 1),
+        num_rounds=study.rounds,
     )
 
 

@@ -104,6 +104,7 @@ class Cohort:
         num_sites: All training sites, of which the members may be a draw; 0 = these
             members are all.
         first_step: Number of the round's first step over all rounds, from 0.
+        num_rounds: Rounds of the whole run; 0 = unknown.
     """
 
     members: tuple[Member, ...]
@@ -112,6 +113,7 @@ class Cohort:
     rng_seed: int
     num_sites: int = 0
     first_step: int = 0
+    num_rounds: int = 0
 
     def __post_init__(self) -> None:
         """Count the members where nobody said how many sites there are."""

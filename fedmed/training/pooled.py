@@ -33,6 +33,7 @@ class PooledTraining:
         memory: Moments of methods with an optimiser of their own.
         make_optimizer: Makes another torch optimiser of the study's kind.
         optimizers: Those made so far, by name.
+        networks: Further networks of a method, by name.
         cohort: The sites as the federated server sees them in its first round, for
             methods that draw some of them in each step.
     """
@@ -47,6 +48,7 @@ class PooledTraining:
     cohort: Cohort | None = None
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
