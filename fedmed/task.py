@@ -15,7 +15,7 @@ from fedmed.case import DatasetCard
 from fedmed.errors import ConfigError
 from fedmed.losses.build import build_loss
 from fedmed.message import SiteId
-from fedmed.networks.build import build_network
+from fedmed.networks.build import build_network, initialise
 from fedmed.networks.foreign import load_class
 from fedmed.optimizer import OptimizerSpec
 from fedmed.strategy import Strategy
@@ -148,9 +148,15 @@ def build_model(study: Study, task: Task, strategy: Strategy) -> nn.Module:
     section = study.model
     has_dims = _has_dims(section.name, section.mode)
 
-    def build(*, draw: str = "", **changes: Any) -> nn.Module:
-        # Another draw of initial weights, for methods with several networks.
+    def build(
+        *, draw: str = "", module: nn.Module | None = None, **changes: Any
+    ) -> nn.Module:
+        # Another draw of initial weights, for methods with several networks; `module`
+        # is one of the method's own, which is only drawn.
         draws = ("network", draw) if draw else ("network",)
+        if module is not None:
+            initialise(module, seeds.derive(study.seed, *draws))
+            return module.to(DTYPES[settled_precision(study)])
         options = {**section.options, **changes}
         name = str(options.pop("name", section.name))
         if has_dims:

@@ -41,6 +41,7 @@ _NO_NETWORKS = (
     "block",
     "build",
     "foreign",
+    "metric_network",
     "monai",
     "normalisation",
     "options",

@@ -86,7 +86,8 @@ class Pass:
         model: The network, for heads that are applied to a statistic.
         logits: (B, L, ...), differentiable.
         labels: (B, ...).
-        outputs: What the layers that the statistic named gave, by name.
+        outputs: What the layers that the statistic named gave, by name; what came into
+            them is under "name/input".
     """
 
     model: nn.Module
@@ -304,21 +305,22 @@ def _measure(
     """Run one batch forward, with the draws that both halves share."""
     model = site.load(weights)
     (batch,) = site.batches(index, 1)
-    with site.draws("coupled", index), _captured(model, statistic.layers) as outputs:
+    with site.draws("coupled", index), captured(model, statistic.layers) as outputs:
         logits, labels = site.trainer.logits(model, batch)
         passed = Pass(model, logits, labels, outputs)
         return passed, statistic.compute(passed)
 
 
 @contextlib.contextmanager
-def _captured(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Note what some layers give during forward passes."""
+def captured(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Note what some layers give, and what comes into them, during forward passes."""
     outputs: dict[str, Any] = {}
 
     def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            del module, inputs
+            del module
             outputs[name] = output
+            outputs[f"{name}/input"] = inputs[0] if inputs else None
 
         return note
 
@@ -346,6 +348,8 @@ def _check_cotangent(cotangent: State, values: State) -> None:
 
 def _inner_product(cotangent: State, values: State) -> Tensor:
     terms = [(cotangent[name].to(values[name]) * values[name]).sum() for name in values]
+    if not terms:
+        return torch.zeros(())
     return torch.stack([term.reshape(()) for term in terms]).sum()
 
 
