@@ -171,6 +171,9 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
         lr=spec.lr,
         cohort=_first_cohort(study, benches, steps),
         make_optimizer=spec.build,
+        draws=lambda site, *purpose: seeds.seeded(
+            seeds.derive(study.seed, "draws", site, 1, *purpose)
+        ),
     )
     comparable = {
         entry.name

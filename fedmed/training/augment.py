@@ -159,7 +159,14 @@ def transform(
     Returns:
         New image and label.
     """
-    grid = _sampling_grid(label.shape, angle_rad=angle_rad, zoom=zoom)[None]
+    return resampled(
+        image, label, sampling_grid(label.shape, angle_rad=angle_rad, zoom=zoom)
+    )
+
+
+def resampled(image: Tensor, label: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Look an example up at the places of a grid, as `sampling_grid` gives one."""
+    grid = grid[None]
     moved = functional.grid_sample(
         image[None], grid, mode="bilinear", padding_mode="border", align_corners=True
     )[0]
@@ -174,9 +181,13 @@ def transform(
     return moved, shifted.add_(UNKNOWN_LABEL).to(label.dtype)
 
 
-def _sampling_grid(shape: torch.Size, *, angle_rad: float, zoom: float) -> Tensor:
-    # Where each voxel of the result is looked up, in voxels from the centre, then in
-    # torch's units: -1 is the first voxel's centre, 1 the last one's, last axis first.
+def sampling_grid(shape: torch.Size, *, angle_rad: float, zoom: float) -> Tensor:
+    """Say where each voxel of a turned and magnified image is looked up.
+
+    Returns:
+        (*shape, axes) in torch's units: -1 is the first voxel's centre, 1 the last
+        one's, last axis first.
+    """
     i, j, *others = (_centred(axis, shape) for axis in range(len(shape)))
     cos, sin = math.cos(angle_rad) / zoom, math.sin(angle_rad) / zoom
     looked_up = [cos * i + sin * j, cos * j - sin * i, *(k / zoom for k in others)]
@@ -199,6 +210,11 @@ def _gamma(image: Tensor, augmentation: Augmentation, seed: int) -> Tensor:
         return image
     limit = math.log1p(augmentation.gamma)
     exponent = math.exp(float(numpy_rng(seed, "gamma").uniform(-limit, limit)))
+    return power(image, exponent)
+
+
+def power(image: Tensor, exponent: float) -> Tensor:
+    """Scale each channel to [0, 1], raise it to a power, and scale it back."""
     channels = image.flatten(1)
     shape = (-1,) + (1,) * (image.ndim - 1)
     low = channels.amin(dim=1).reshape(shape)

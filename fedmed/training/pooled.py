@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ class PooledTraining:
         networks: Further networks of a method, by name.
         cohort: The sites as the federated server sees them in its first round, for
             methods that draw some of them in each step.
+        draws: As `SiteContext.draws` of a site, in the first round.
     """
 
     models: Mapping[SiteId, nn.Module]
@@ -49,6 +51,7 @@ class PooledTraining:
     make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     networks: dict[str, nn.Module] = field(default_factory=dict)
+    draws: Callable[..., AbstractContextManager[None]] | None = None
 
     @property
     def model(self) -> nn.Module:

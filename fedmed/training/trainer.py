@@ -28,8 +28,13 @@ DTYPES = {
 class TrainingBatch(Protocol):
     """What a trainer needs of a batch: images (B, C, ...) and labels (B, ...)."""
 
-    images: Tensor
-    labels: Tensor
+    @property
+    def images(self) -> Tensor:
+        """Of any floating-point dtype."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Integers."""
 
 
 @dataclass(frozen=True)
