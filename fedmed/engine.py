@@ -70,6 +70,7 @@ class Engine:
         members: Training sites and their registered numbers of examples; a round is
             for a draw of them if the study says so.
         evaluated: Every real site that is evaluated, training or held out.
+        public: The public site, which only a strategy's own exchanges ask.
         observer: Sees progress.
         columns: Columns of cases.csv.
         score: Turns one site's validation rows into its score.
@@ -88,6 +89,7 @@ class Engine:
     score: Callable[[list[Mapping[str, Any]]], float]
     should_stop: Callable[[], bool] = lambda: False
     checkpoints: Checkpoints | None = None
+    public: Member | None = None
     _first_steps: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
@@ -169,7 +171,8 @@ class Engine:
         try:
             request = next(half)
             while True:
-                targets = tuple(s for s in request.site_ids if s in alive)
+                usable = {*alive, *self._public_ids}
+                targets = tuple(s for s in request.site_ids if s in usable)
                 replies = self._exchange(
                     request, targets, (number, attempt), server, log
                 )
@@ -192,7 +195,12 @@ class Engine:
             num_sites=len(self.members),
             first_step=self._first_step(number),
             num_rounds=self.study.rounds,
+            public=self.public,
         )
+
+    @property
+    def _public_ids(self) -> tuple[SiteId, ...]:
+        return (self.public.site_id,) if self.public else ()
 
     def _drawn(self, number: int) -> tuple[Member, ...]:
         study = self.study
@@ -213,6 +221,9 @@ class Engine:
         return max(1, math.ceil((train.local_epochs or 1) * largest / train.batch_size))
 
     def _require_quorum(self, num_alive: int, num_asked: int, log: RoundLog) -> None:
+        for site in self._public_ids:
+            if why := log.failed.get(site) or log.refused.get(site):
+                raise RoundFailedError(f"the public site {site} is needed ({why})")
         needed = math.ceil(self.study.tolerance.quorum * num_asked - 1e-9)
         if num_alive < max(1, needed):
             problems = {**log.failed, **log.refused}
@@ -260,7 +271,10 @@ class Engine:
     ) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
         expectation = Expectation(
             reference=server.shared,
-            registered={m.site_id: m.num_examples for m in self.members},
+            registered={
+                member.site_id: member.num_examples
+                for member in (*self.members, *([self.public] if self.public else []))
+            },
             norm_factor=self.study.tolerance.norm_factor,
             alike=request.alike,
             sends=request.sends,
@@ -292,7 +306,9 @@ class Engine:
             "loss": dict(sorted(log.losses.items())),
             "bytes_down": dict(sorted(log.bytes_down.items())),
             "bytes_up": dict(sorted(log.bytes_up.items())),
-            "answered": sorted({*self._post.tokens} - {*log.refused, *log.failed}),
+            "answered": sorted(
+                {*self._post.tokens} - {*log.refused, *log.failed, *self._public_ids}
+            ),
             "refused": dict(sorted(log.refused.items())),
             "failed": dict(sorted(log.failed.items())),
             "validation": validation or None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmed.correspondence import raise_first
@@ -29,12 +29,17 @@ class Joined:
         members: Sites that train, sorted.
         evaluated: Sites that are evaluated, sorted.
         data: Facts per real site, for the lock file and the report.
+        public: The public site, which neither trains nor is evaluated; None: the
+            method needs none.
+        public_data: Facts of it, for the lock file.
     """
 
     task: Task
     members: tuple[Member, ...]
     evaluated: tuple[SiteId, ...]
     data: Mapping[SiteId, Mapping[str, Any]]
+    public: Member | None = None
+    public_data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def join(
@@ -45,12 +50,14 @@ def join(
     Args:
         transport: Open transport.
         study: The study.
-        site_ids: Real sites, and the pooled one if the strategy pools data.
+        site_ids: Real sites; the pooled one if the strategy pools data, the public one
+            if it needs that.
         at_round: The server's last finished round; sites roll back to it.
 
     Raises:
         SiteError: If a site cannot take part; all of them are named.
-        DataError: If one image lies at two sites, or no site has training examples.
+        DataError: If one image lies at two sites, no site has training examples, or a
+            hospital's copy of the public images is another than the public site's.
         ConfigError: If more sites are to be drawn each round than train.
     """
     sent = {site: Message("join", {"round": at_round}) for site in site_ids}
@@ -61,14 +68,13 @@ def join(
         for site, answer in answers.items()
         if isinstance(answer, Message)
     }
+    _refuse_duplicates({s: card for s, card in cards.items() if s != POOLED_SITE})
+    public = cards.pop(study.sites.public or "", None)
     real = {site: card for site, card in cards.items() if site != POOLED_SITE}
-    _refuse_duplicates(real)
+    _require_same_public(public, real)
     _warn_of_cut_organs(real)
     trains = (POOLED_SITE,) if POOLED_SITE in cards else _training_sites(study, real)
-    members = tuple(
-        Member(site, cards[site].num_examples, cards[site].values.get("card", {}))
-        for site in sorted(trains)
-    )
+    members = tuple(_member(site, cards[site]) for site in sorted(trains))
     _require_examples(members)
     _require_enough(study, real)
     return Joined(
@@ -76,7 +82,29 @@ def join(
         members,
         tuple(sorted(real)),
         {site: _facts(card) for site, card in sorted(real.items())},
+        _member(study.sites.public or "", public) if public else None,
+        _facts(public) if public else {},
     )
+
+
+def _member(site: SiteId, card: Card) -> Member:
+    return Member(site, card.num_examples, card.values.get("card", {}))
+
+
+def _require_same_public(public: Card | None, real: Mapping[SiteId, Card]) -> None:
+    """Predictions of other images could not be averaged."""
+    if public is None:
+        return
+    copies = {
+        site: card.values.get("public_fingerprint") for site, card in real.items()
+    }
+    wanted = public.values.get("data_fingerprint")
+    odd = [site for site, copy in sorted(copies.items()) if copy and copy != wanted]
+    if odd:
+        raise DataError(
+            f"the public images at {', '.join(odd)} are not those of the public site",
+            hint="Give every hospital the same files.",
+        )
 
 
 def _warn_of_cut_organs(cards: Mapping[SiteId, Card]) -> None:

@@ -148,7 +148,7 @@ def data_hash(study: Study) -> str:
         return ""
     sites = importlib.import_module("sites.data").SiteList(study, cache_folder(study))
     digest = hashlib.blake2b(digest_size=16)
-    for source in sites.sources:
+    for source in sites.everybody:
         splits = sites.open(source.site_id).splits.values()
         cases = sorted(f"{c.case_id}/{c.content}" for split in splits for c in split)
         digest.update(json.dumps([source.site_id, cases]).encode())

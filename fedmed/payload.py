@@ -94,6 +94,18 @@ class AmplitudeStatistic(Payload):
 
 
 @dataclass(frozen=True)
+class PublicLogits(Payload):
+    """Predictions of public images, none of a patient of the site.
+
+    Attributes:
+        state: By number of the batch, logits or probabilities (B, L, ...). Their size
+            follows the public images and the classes, not the site's own voxels.
+    """
+
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Metrics(Payload):
     """Numbers about cases, never images or masks.
 
@@ -117,6 +129,7 @@ KINDS: Mapping[str, type[Payload]] = {
         ClassStatistic,
         Embedding,
         AmplitudeStatistic,
+        PublicLogits,
         Metrics,
         Card,
     )

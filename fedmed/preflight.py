@@ -6,13 +6,14 @@ import dataclasses
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedmed.errors import ConfigError, FedMedError, ResumeError
+from fedmed.join import Joined
 from fedmed.message import SiteId
 from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
@@ -171,19 +172,40 @@ def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
         )
 
 
-def refuse_changed_data(
-    folder: RunFolder, data: Mapping[SiteId, Mapping[str, Any]]
-) -> None:
+def require_public(study: Study, hospitals: Collection[SiteId]) -> SiteId:
+    """Give the name of the public site, which the strategy needs.
+
+    Args:
+        study: The study.
+        hospitals: Names of the sites that there are beside it.
+
+    Raises:
+        ConfigError: If the study names none.
+    """
+    if study.sites.public is None:
+        listed = ", ".join(sorted(hospitals)[:20])
+        raise ConfigError(
+            f"strategy {study.strategy.name!r} distils on public images, and the study "
+            "names no site that has them",
+            hint=f"Set sites.public to one of {listed}: every hospital may then open "
+            "its images, and it neither trains nor is it tested.",
+        )
+    return study.sites.public
+
+
+def refuse_changed_data(folder: RunFolder, joined: Joined) -> None:
     """A run must end on the data it began with.
 
     Args:
         folder: The run folder.
-        data: Facts per real site, as the sites told them now.
+        joined: The sites, as they present themselves now.
 
     Raises:
         ResumeError: If images, labels or splits are not those of the lock file.
     """
-    before = folder.read_lock().get("data", {})
+    lock = folder.read_lock()
+    data = {**joined.data, "the public site": joined.public_data}
+    before = {**lock.get("data", {}), "the public site": lock.get("public", {})}
     changed = [
         site
         for site in sorted({*before, *data})

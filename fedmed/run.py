@@ -27,6 +27,7 @@ from fedmed.preflight import (
     check_folder,
     check_options,
     refuse_changed_data,
+    require_public,
     settle,
 )
 from fedmed.resolve import load_strategy, require_own_packages
@@ -186,17 +187,20 @@ def host_spec(study: Study, folder: RunFolder) -> HostSpec:
 
 
 def transport_sites(study: Study) -> tuple[SiteId, ...]:
-    """Every host of the study: the real sites, and the pooled one if needed.
+    """Every host of the study: real sites, the public or the pooled one if needed.
 
     Raises:
-        ConfigError: If pooling is asked for in a deployment, or a name is taken.
+        ConfigError: If pooling is asked for in a deployment, a name is taken, or the
+            strategy needs a public site and the study names none.
     """
     data = importlib.import_module("sites.data")
     _, found = data.list_sites(study, cache_folder(study))
     names = tuple(sorted(site.site_id for site in found))
+    strategy = load_strategy(study.strategy.name, study.strategy.options)
+    if strategy.needs_public:
+        names = tuple(sorted((*names, require_public(study, names))))
     if POOLED_SITE in names:
         raise ConfigError(f"a site may not be called {POOLED_SITE!r}")
-    strategy = load_strategy(study.strategy.name, study.strategy.options)
     if not strategy.pools_data:
         return names
     if study.transport.name == "deployment":
@@ -233,7 +237,7 @@ def drive(
     transport.open(host_spec(study, folder), site_ids)
     joined = join(transport, study, site_ids, at_round)
     if at_round:
-        refuse_changed_data(folder, joined.data)
+        refuse_changed_data(folder, joined)
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     server = strategy.initial(fresh_server(study, joined.task, strategy))
     best = None
@@ -247,6 +251,7 @@ def drive(
         transport=transport,
         folder=folder,
         members=joined.members,
+        public=joined.public,
         evaluated=joined.evaluated,
         observer=observer,
         columns=columns_of(joined.task),
@@ -316,6 +321,7 @@ def lock_content(study: Study, strategy: Strategy, joined: Joined) -> dict[str, 
         "held_out": list(study.split.held_out),
         "task": {"kind": joined.task.kind, "classes": list(joined.task.class_names)},
         "data": {site: dict(facts) for site, facts in joined.data.items()},
+        "public": dict(joined.public_data),
         "versions": versions(),
     }
 

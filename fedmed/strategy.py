@@ -105,6 +105,8 @@ class Cohort:
             members are all.
         first_step: Number of the round's first step over all rounds, from 0.
         num_rounds: Rounds of the whole run; 0 = unknown.
+        public: The public site, if the method needs one and the study names it. It is
+            no member: only `at_public` asks it.
     """
 
     members: tuple[Member, ...]
@@ -114,6 +116,7 @@ class Cohort:
     num_sites: int = 0
     first_step: int = 0
     num_rounds: int = 0
+    public: Member | None = None
 
     def __post_init__(self) -> None:
         """Count the members where nobody said how many sites there are."""
@@ -134,6 +137,11 @@ class Cohort:
         """The same cohort with only some of its members."""
         members = tuple(m for m in self.members if m.site_id in site_ids)
         return replace(self, members=members)
+
+    def at_public(self) -> Cohort:
+        """The cohort whose one member is the public site."""
+        assert self.public is not None  # the engine has one if `needs_public`
+        return replace(self, members=(self.public,), num_sites=1)
 
     def ask(
         self,
@@ -283,6 +291,12 @@ class SiteContext(Protocol):
     def batches(self, first: int, count: int) -> Iterable[TrainingBatch]:
         """Draw training batches number `first`... of this round."""
 
+    def public_batches(self, first: int, count: int) -> Iterable[TrainingBatch]:
+        """Draw batches number `first`... of the public images, counted over rounds.
+
+        They are the same at every site, without augmentation; every label is unknown.
+        """
+
     def draws(self, *purpose: str | int) -> AbstractContextManager[None]:
         """Let what follows draw the same random numbers in every message of a round.
 
@@ -328,6 +342,8 @@ class Strategy(abc.ABC):
         syncs: The modes that make sense for the method.
         keeps: Words for `StatePartition.of`: what of the network stays at the site.
         pools_data: Simulation only: one process sees the data of all sites.
+        needs_public: Uses the images of the study's public site (`sites.public`).
+        copies_public: Every hospital opens them, from a copy of its own.
         published_model: `model` section of the publication; empty = any network.
     """
 
@@ -342,6 +358,8 @@ class Strategy(abc.ABC):
     syncs: ClassVar[tuple[Sync, ...]] = ("step", "round")
     keeps: ClassVar[tuple[str, ...]] = ()
     pools_data: ClassVar[bool] = False
+    needs_public: ClassVar[bool] = False
+    copies_public: ClassVar[bool] = False
     published_model: ClassVar[Mapping[str, Any]] = {}
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:

@@ -25,7 +25,7 @@ from pydantic import (
 from fedmed.errors import ConfigError
 from fedmed.spelling import did_you_mean, nearest
 
-LOCK_ONLY = ("held_out", "task", "data", "versions")
+LOCK_ONLY = ("held_out", "task", "data", "public", "versions")
 """Keys that a run's study.lock.yaml holds beside the study."""
 
 MAX_TOLD = 5
@@ -58,6 +58,9 @@ class SitesSection(OpenSection):
         dataset: Module in `sites` or `package.module`.
         root: Folder of the data; environment variables are expanded when used.
         include: Only these sites; empty = all.
+        public: A site of the data set whose images every hospital may open. It neither
+            trains nor is it evaluated; methods that distil need one, and get its
+            images without labels.
         policy: Policy file, or None for the permissive policy of simulations.
         ledger_digests: Whether the ledger holds a hash of the content of what leaves,
             beside its kind, names, shapes and size; None: in deployments only.
@@ -66,6 +69,7 @@ class SitesSection(OpenSection):
     dataset: str
     root: str | None = None
     include: tuple[str, ...] = ()
+    public: str | None = None
     policy: str | None = None
     ledger_digests: bool | None = None
 

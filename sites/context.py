@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedmed import seeds
-from fedmed.errors import WireError
+from fedmed.errors import ConfigError, WireError
 from fedmed.flat import lazy_clone
 from fedmed.imaging.preprocess import cut_fraction
 from fedmed.message import Message, SiteId, State
@@ -29,6 +29,7 @@ from fedmed.training.examples import Batch, ExampleIndex
 from fedmed.training.prefetch import available_cores, prefetched
 from fedmed.training.trainer import Trainer
 from sites.data import SiteData, SiteList, divided_by_slices
+from sites.public import PUBLIC, PublicImages
 
 CUT_LIMIT = 0.05
 """Share of an organ outside the network's window that is worth a warning."""
@@ -53,6 +54,23 @@ class Workshop:
     def sites(self) -> SiteList:
         """The study's sites, listed once."""
         return SiteList(self.study, self.cache)
+
+    @functools.cached_property
+    def public(self) -> SiteData | None:
+        """This machine's copy of the public site; None if the study names none."""
+        name = self.study.sites.public
+        return None if name is None else self.sites.open(name)
+
+    @functools.cached_property
+    def public_images(self) -> PublicImages:
+        """Batches of the public site's images, for all benches of this process.
+
+        Raises:
+            ConfigError: If the study names no public site.
+        """
+        if self.public is None:
+            raise ConfigError("the study names no public site (sites.public)")
+        return PublicImages(self.study, self.public.splits[PUBLIC])
 
     @functools.cached_property
     def task(self) -> Task:
@@ -156,10 +174,17 @@ class Workbench:
         """Whether this is the virtual site with everybody's data."""
         return self.site_id == POOLED_SITE
 
+    @property
+    def is_public(self) -> bool:
+        """Whether this is the site whose images every hospital may open."""
+        return self.site_id == self.study.sites.public
+
     @functools.cached_property
     def pool(self) -> tuple[SiteData, ...]:
         """The hospitals behind this bench: one, or all training sites."""
         sites = self.workshop.sites
+        if self.is_public and self.workshop.public is not None:
+            return (self.workshop.public,)
         if not self.is_pooled:
             return (self._divided(sites.open(self.site_id)),)
         held_out = set(self.study.split.held_out)
@@ -240,7 +265,9 @@ class Workbench:
 
     @functools.cached_property
     def num_examples(self) -> int:
-        """Training examples; slices, patches or rows."""
+        """Training examples: slices, patches or rows; of the public site, all."""
+        if self.is_public:
+            return len(self.workshop.public_images)
         return sum(len(index) for index in self.indices)
 
     @functools.cached_property
@@ -300,14 +327,19 @@ class Workbench:
             live = {n: t.detach() for n, t in model.state_dict().items()}
         return {name: lazy_clone(live[name].cpu()) for name in names}
 
-    def _data_fingerprint(self) -> str:
+    def _data_fingerprint(self, data: SiteData) -> str:
         """One hash of all images and labels, and of who is in which split."""
         lines = [
             f"{split}/{case.case_id}/{case.content}"
-            for split, cases in self.data.splits.items()
+            for split, cases in data.splits.items()
             for case in cases
         ]
         return self._salted("\n".join(sorted(lines)))
+
+    def _public_fingerprint(self) -> str:
+        """Hash of this hospital's copy of the public images; "" if it needs none."""
+        public = self.workshop.public if self.strategy.copies_public else None
+        return "" if public is None else self._data_fingerprint(public)
 
     def _salted(self, fingerprint: str) -> str:
         """Hash that only sites of the same study can compare."""
@@ -339,7 +371,8 @@ class Workbench:
             "num_cases": self.data.num_cases,
             "num_cut": sum(share > CUT_LIMIT for share in self._cut_shares),
             "largest_cut": round(max(self._cut_shares, default=0.0), 2),
-            "data_fingerprint": self._data_fingerprint(),
+            "data_fingerprint": self._data_fingerprint(self.data),
+            "public_fingerprint": self._public_fingerprint(),
             "fingerprints": sorted(map(self._salted, self.data.fingerprints.values())),
         }
 
@@ -382,6 +415,15 @@ class HospitalContext:
         """Draw training batches number `first`... of this round."""
         yield from prefetched(
             lambda step: self._bench.batch(self.round, step),
+            first,
+            count,
+            processes=self._bench.num_processes,
+        )
+
+    def public_batches(self, first: int, count: int) -> Iterator[Batch]:
+        """Draw batches number `first`... of the public images, all labels unknown."""
+        yield from prefetched(
+            self._bench.workshop.public_images.batch,
             first,
             count,
             processes=self._bench.num_processes,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from fedmed.message import SiteId
 from fedmed.study import Study, expand
 from fedmed.task import Task, check_fit
 from sites.catalogue import open_dataset
+from sites.public import find_public, public_splits
 from sites.splits import read_assignment, split_by_subject
 
 SPLITS = ("train", "validation", "test")
@@ -59,13 +60,24 @@ class SiteData:
 
 
 def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite, ...]]:
-    """Open the study's data set and give the sites that the study includes.
+    """Open the study's data set and give the hospitals that the study includes.
 
     Raises:
         ConfigError: If the study names a site that does not exist, or its model is
             none for these data.
         DataError: If the data set has no site.
     """
+    listed = _list(study, cache)
+    return listed.card, listed.hospitals
+
+
+class _Listed(NamedTuple):
+    card: DatasetCard
+    hospitals: tuple[SourceSite, ...]
+    public: SourceSite | None
+
+
+def _list(study: Study, cache: Path) -> _Listed:
     section = study.sites
     options = dict(section.options)
     if section.dataset == "phantom":
@@ -79,12 +91,15 @@ def list_sites(study: Study, cache: Path) -> tuple[DatasetCard, tuple[SourceSite
             raise ConfigError(
                 f"the study names site {name!r}, the data set has {_shown(known)}"
             )
-    if section.include:
-        included = set(section.include)
-        found = tuple(site for site in found if site.site_id in included)
-    if not found:
-        raise DataError(f"data set {section.dataset!r} holds no site")
-    return card, tuple(sorted(found, key=lambda site: site.site_id))
+    public = find_public(study, found)
+    included = set(section.include) or known
+    hospitals = [s for s in found if s.site_id in included and s is not public]
+    if not hospitals:
+        besides = " beside the public one" if public else ""
+        raise DataError(f"data set {section.dataset!r} holds no site{besides}")
+    return _Listed(
+        card, tuple(sorted(hospitals, key=lambda site: site.site_id)), public
+    )
 
 
 def _shown(names: Iterable[str]) -> str:
@@ -111,19 +126,28 @@ class SiteList:
         self._cache = cache
 
     @functools.cached_property
-    def _listed(self) -> tuple[DatasetCard, dict[SiteId, SourceSite]]:
-        card, found = list_sites(self._study, self._cache)
-        return card, {site.site_id: site for site in found}
+    def _listed(self) -> _Listed:
+        return _list(self._study, self._cache)
+
+    @functools.cached_property
+    def _by_id(self) -> dict[SiteId, SourceSite]:
+        return {site.site_id: site for site in self.everybody}
 
     @property
     def card(self) -> DatasetCard:
         """What the data set is."""
-        return self._listed[0]
+        return self._listed.card
 
     @property
     def sources(self) -> tuple[SourceSite, ...]:
-        """The study's sites in sorted order."""
-        return tuple(self._listed[1].values())
+        """The study's hospitals in sorted order."""
+        return self._listed.hospitals
+
+    @property
+    def everybody(self) -> tuple[SourceSite, ...]:
+        """The hospitals, and behind them the public site if there is one."""
+        public = self._listed.public
+        return self.sources if public is None else (*self.sources, public)
 
     def source(self, site_id: SiteId) -> SourceSite:
         """Find one site.
@@ -131,7 +155,7 @@ class SiteList:
         Raises:
             DataError: If there is none of this name.
         """
-        source = self._listed[1].get(site_id)
+        source = self._by_id.get(site_id)
         if source is None:
             raise DataError(f"the data set has no site {site_id!r}")
         return source
@@ -172,8 +196,11 @@ def prepare_site(
     if study.model.mode == "row":
         by_id = {case_id: RowView(case) for case_id, case in by_id.items()}
     usable = tuple(ref for ref in source.cases if ref.case_id in by_id)
-    refs = split_by_subject(usable, **_split_arguments(study, source.site_id))
-    splits = {name: tuple(by_id[r.case_id] for r in refs[name]) for name in SPLITS}
+    if source.site_id == study.sites.public:
+        splits = public_splits([by_id[ref.case_id] for ref in usable])
+    else:
+        refs = split_by_subject(usable, **_split_arguments(study, source.site_id))
+        splits = {name: tuple(by_id[r.case_id] for r in refs[name]) for name in SPLITS}
     return SiteData(
         source.site_id,
         card,

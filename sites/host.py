@@ -124,7 +124,7 @@ class Host:
         if self._policy.case_ids == "keep":
             return frozenset()
         try:
-            found = self._bench.workshop.sites.sources
+            found = self._bench.workshop.sites.everybody
         except Exception:
             return None
         names = {name for site in found for name in site.problems}

@@ -280,11 +280,11 @@ def _norm(updates: Mapping[str, torch.Tensor]) -> float:
 
 def _privatise(noise: NoisePolicy, message: Message, context: PolicyContext) -> Message:
     """Clip the whole update to `clip_norm` and add Gaussian noise to every entry."""
+    if message.tensors and message.kind not in _NOISED_KINDS:
+        raise _refuse(message, "noise", "it would leave without noise")
     updates = _updates(message, context)
     if not updates:
         return message
-    if message.kind not in _NOISED_KINDS:
-        raise _refuse(message, "noise", "it would leave without noise")
     if message.kind == "Weights" and not context.received:
         raise _refuse(message, "noise", "there is nothing to measure the update from")
     norm = _norm(updates)

@@ -137,7 +137,22 @@ def train_here(
         correction: Added to every step's gradient.
     """
     model = site.load(weights)
-    result = site.trainer.train(
+    return model, train_on(
+        site, model, first=first, count=count, penalty=penalty, correction=correction
+    )
+
+
+def train_on(
+    site: SiteContext,
+    model: nn.Module,
+    *,
+    first: int = 0,
+    count: int | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    correction: State | None = None,
+) -> TrainResult:
+    """Run local steps on a network as it is; arguments as of `train_here`."""
+    return site.trainer.train(
         model,
         site.batches(first, site.steps if count is None else count),
         memory=dict(site.private.states.get(OPTIMIZER, {})),
@@ -145,7 +160,6 @@ def train_here(
         correction=correction,
         first_step=site.first_step + first,
     )
-    return model, result
 
 
 def trained_outcome(

@@ -39,6 +39,9 @@ HOSPITALS = ("a", "b", "c")
 
 def study_of(name, sync, **changes):
     """Three hospitals, two rounds, the method's own defaults."""
+    if CLASSES[name].needs_public:
+        public = {"with_public": True, "public": "p"}
+        changes = {**changes, "sites": {**public, **changes.get("sites", {})}}
     return runs.make_study(runs.IMAGE, name, strategy={"sync": sync}, **changes)
 
 

@@ -16,6 +16,7 @@ from fedmed.case import Case, CaseRef, DatasetCard, SiteCard, SourceSite
 from fedmed.seeds import numpy_rng
 
 NUM_CASES = {"a": 6, "b": 5, "c": 3}
+PUBLIC, NUM_PUBLIC, PUBLIC_SIZE = "p", 5, 8
 NUM_FEATURES = 4
 
 
@@ -45,6 +46,7 @@ def open_sites(
     size: int = 8,
     alike: bool = False,
     backwards: bool = False,
+    with_public: bool = False,
 ) -> tuple[SourceSite, ...]:
     """List the hospitals.
 
@@ -54,13 +56,17 @@ def open_sites(
         size: Pixels of an image along I and J.
         alike: Every hospital has the same cases, up to a feature too small to count.
         backwards: List the hospitals in the other order.
+        with_public: List one more, whose images everybody may see; of one size.
     """
     names = sorted(NUM_CASES, reverse=backwards)
-    return tuple(_site(name, kind=kind, size=size, alike=alike) for name in names)
+    hospitals = [_site(name, kind=kind, size=size, alike=alike) for name in names]
+    if with_public:
+        hospitals.append(_site(PUBLIC, kind=kind, size=PUBLIC_SIZE, alike=False))
+    return tuple(hospitals)
 
 
 def _site(name: str, *, kind: str, size: int, alike: bool) -> SourceSite:
-    count = 6 if alike else NUM_CASES[name]
+    count = 6 if alike else NUM_CASES.get(name, NUM_PUBLIC)
     make = partial(_row, alike=alike) if kind == "table" else partial(_image, size=size)
     cases = tuple(
         CaseRef(f"case{n}", f"case{n}", (), partial(make, name, n))
@@ -71,7 +77,7 @@ def _site(name: str, *, kind: str, size: int, alike: bool) -> SourceSite:
 
 def _row(name: str, number: int, *, alike: bool) -> Case:
     rng = numpy_rng(5, "row", "everywhere" if alike else name, number)
-    shift = 0.0 if alike else "abc".index(name) - 1.0
+    shift = 0.0 if alike else "abcp".index(name) - 1.0
     features = rng.normal(shift, 1, NUM_FEATURES).astype(np.float32)
     label = np.array(int(features[:2].sum() > shift), np.int64)
     if alike:  # the same image at two sites is refused; 1e-30 is lost in any sum
@@ -84,7 +90,7 @@ def _image(name: str, number: int, *, size: int) -> Case:
     i, j = np.mgrid[:size, :size]
     centre = rng.uniform(0.3, 0.7, 2) * size
     disc = (i - centre[0]) ** 2 + (j - centre[1]) ** 2 < (size / 4) ** 2
-    contrast = 1.0 + "abc".index(name)
+    contrast = 1.0 + "abcp".index(name)
     image = contrast * disc + rng.normal(0, 0.3, (size, size))
     return Case(
         f"case{number}",

@@ -242,6 +242,7 @@ class Ward:
         bench = self.benches[self.site_ids[0]]
         self.strategy, self.task = bench.strategy, bench.task
         self.privates = dict.fromkeys(self.site_ids, Private())
+        self.public = study.sites.public if self.strategy.needs_public else None
         self.server: Server = self.strategy.initial(
             fresh_server(study, self.task, self.strategy)
         )
@@ -251,8 +252,12 @@ class Ward:
         members = tuple(
             Member(site, examples.get(site, bench.num_examples))
             for site, bench in self.benches.items()
+            if site != self.public
         )
-        return Cohort(members, self.benches[self.site_ids[0]].steps, number, rng_seed=1)
+        steps, public = self.benches[self.site_ids[0]].steps, None
+        if self.public is not None:
+            public = Member(self.public, self.benches[self.public].num_examples)
+        return Cohort(members, steps, number, rng_seed=1, public=public)
 
     def answer(self, exchange: Exchange, number: int = 1) -> dict[SiteId, Any]:
         """Let every addressed site act, and keep what it keeps."""

@@ -19,6 +19,7 @@ from fedmed.imaging.preprocess import Prepared, Preprocessing, cut_fraction, pre
 from fedmed.study import Study, study_from_dict
 from fedmed.training.examples import ExampleIndex, _known_slices
 from sites import data as module
+from sites.catalogue import open_dataset
 from sites.data import SiteList, SliceView, list_sites, open_site
 
 SHAPE = (1, 10, 9, 6)
@@ -71,9 +72,9 @@ def test_sites_are_listed_once_however_many_are_opened(
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
-        return list_sites(*arguments)
+        return open_dataset(*arguments)
 
-    monkeypatch.setattr(module, "list_sites", counted)
+    monkeypatch.setattr(module, "open_dataset", counted)
     listed = SiteList(table_study(30), tmp_path)
     names = [source.site_id for source in listed.sources]
     assert names == [f"site{n:05}" for n in range(30)]
