@@ -23,6 +23,7 @@ class RoundLog:
     bytes_up: dict[SiteId, int] = field(default_factory=dict)
     refused: dict[SiteId, str] = field(default_factory=dict)
     failed: dict[SiteId, str] = field(default_factory=dict)
+    not_shared: dict[SiteId, str] = field(default_factory=dict)
     exchanges: int = 0
     is_hopeless: bool = False
 

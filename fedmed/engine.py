@@ -33,6 +33,7 @@ from fedmed.strategy import (
 )
 from fedmed.study import Study
 from fedmed.transports.transport import Transport
+from fedmed.unseen import Newcomers
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,14 @@ class Ended:
         server: The server after it.
         record: Its line in rounds.jsonl.
         rows: Its rows in cases.csv.
+        unseen: Its rows in unseen.csv.
         filed: Whether the sites filed what they keep, so that it can be checkpointed.
     """
 
     server: Server
     record: dict[str, Any]
     rows: list[Mapping[str, Any]]
+    unseen: list[Mapping[str, Any]]
     filed: bool
 
 
@@ -70,6 +73,7 @@ class Engine:
         members: Training sites and their registered numbers of examples; a round is
             for a draw of them if the study says so.
         evaluated: Every real site that is evaluated, training or held out.
+        cards: Public card of each of them.
         public: The public site, which only a strategy's own exchanges ask.
         observer: Sees progress.
         columns: Columns of cases.csv.
@@ -89,6 +93,7 @@ class Engine:
     score: Callable[[list[Mapping[str, Any]]], float]
     should_stop: Callable[[], bool] = lambda: False
     checkpoints: Checkpoints | None = None
+    cards: Mapping[SiteId, Mapping[str, Any]] = field(default_factory=dict)
     public: Member | None = None
     _first_steps: list[int] = field(default_factory=lambda: [0])
 
@@ -108,6 +113,7 @@ class Engine:
             ended = self._round(server)
             server, is_saved = ended.server, ended.filed
             self.folder.append_cases(self.columns, ended.rows, sync=is_saved)
+            self.folder.append_unseen(self.columns, ended.unseen, sync=is_saved)
             self.folder.append_round(ended.record, sync=is_saved)
             if is_saved:
                 value = ended.record["score"]
@@ -156,11 +162,24 @@ class Engine:
             raise _below_quorum(number, reason)
         after = replace(after, round=number)
         filed = self._files(number)
-        ending = RoundEnd(self.study, self._post, self.evaluated, self.columns)
-        rows = ending.run(after, self._stamp(number, attempt, log), log, files=filed)
+        stamp = self._stamp(number, attempt, log)
+        newcomers = Newcomers(
+            self.study,
+            self.strategy,
+            self._post,
+            members=self.members,
+            cards=self.cards,
+            columns=self.columns,
+        )
+        apart = newcomers.apart(after, number)
+        evaluated = tuple(site for site in self.evaluated if site not in apart)
+        ending = RoundEnd(self.study, self._post, evaluated, self.columns)
+        rows = ending.run(after, stamp, log, files=filed)
+        found = newcomers.run(after, stamp, log)
+        rows = sorted([*rows, *found.result], key=lambda row: str(row["site"]))
         record = self._record(number, attempt, log, rows)
         record["seconds"] = round(time.monotonic() - started, 3)
-        return Ended(after, record, rows, filed)
+        return Ended(after, record, rows, found.by_rule, filed)
 
     def _attempt(
         self, server: Server, number: int, attempt: int, log: RoundLog
@@ -315,6 +334,7 @@ class Engine:
             "score": sum(known) / len(known) if known else None,
             "exchanges": log.exchanges,
             "retries": attempt,
+            **({"not_shared": log.not_shared} if log.not_shared else {}),
         }
 
 

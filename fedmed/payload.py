@@ -106,6 +106,20 @@ class PublicLogits(Payload):
 
 
 @dataclass(frozen=True)
+class Normalisation(Payload):
+    """What a site keeps of normalisation layers and adapters, for one it never met.
+
+    Sent once, after the last round, and only if the study names a rule for unseen
+    hospitals that needs it; see `fedmed.unseen`.
+
+    Attributes:
+        state: Kept entries of normalisation layers and adapters that prediction uses.
+    """
+
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Metrics(Payload):
     """Numbers about cases, never images or masks.
 
@@ -130,6 +144,7 @@ KINDS: Mapping[str, type[Payload]] = {
         Embedding,
         AmplitudeStatistic,
         PublicLogits,
+        Normalisation,
         Metrics,
         Card,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +72,14 @@ class RoundEnd:
         request = Exchange("end_round", tuple(targets), content)
         sent = post.messages(request, targets, stamp)
         needed = {*post.tokens, *owing}
-        answers = self._deliver_again(sent, needed, log)
+        retries = self.study.tolerance.retries
+        answers = deliver_again(post, sent, needed, log=log, retries=retries)
         rows: list[Mapping[str, Any]] = []
         for site in sorted(answers):
             if site in needed:
                 _require_answer(site, answers[site], number)
-            rows += self._rows(site, answers[site], tuple(splits), number, log)
+            columns = Columns(self.columns, tuple(splits), number)
+            rows += rows_of(site, answers[site], columns, log)
         post.kept.note(number, keeping, filed=files)
         log.exchanges += bool(sent)
         return rows
@@ -88,58 +90,82 @@ class RoundEnd:
             return ["validation", "test"]
         return [] if number % self.study.evaluate.every else ["validation"]
 
-    def _deliver_again(
-        self, sent: Mapping[SiteId, Message], needed: set[SiteId], log: RoundLog
-    ) -> dict[SiteId, Answer]:
-        """Deliver the end of a round; ask again those that are needed and failed.
 
-        A site may file the same state twice, so asking again is harmless.
-        """
-        answers = self.post.deliver(sent)
-        log.count(sent, answers)
-        for _ in range(self.study.tolerance.retries):
-            again = {
-                site: sent[site]
-                for site, answer in answers.items()
-                if isinstance(answer, SiteFailure)
-                and not answer.fatal
-                and site in needed
-            }
-            if not again:
-                break
-            logger.warning(
-                "asking again for the end of the round: %s",
-                told(failures({site: answers[site] for site in again})),
-            )
-            more = self.post.deliver(again)
-            log.count(again, more)
-            answers.update(more)
-        return answers
+@dataclass(frozen=True)
+class Columns:
+    """What the rows of an evaluation must look like.
 
-    def _rows(
-        self,
-        site: SiteId,
-        answer: Answer,
-        splits: tuple[str, ...],
-        number: int,
-        log: RoundLog,
-    ) -> list[Mapping[str, Any]]:
-        """The checked rows of one site; none, with the reason noted, if it failed."""
-        if isinstance(answer, SiteFailure):
-            why = f"{answer.reason} while evaluating: {answer.detail}"
-            logger.error("round %d: site %s has no result: %s", number, site, why)
-            if site not in log.refused:
-                log.failed.setdefault(site, why)
-            return []
-        try:
-            rows = expect(from_message(answer), Metrics).rows
-            check_rows(rows, self.columns, splits)
-        except WireError as error:
-            why = f"its results: {error.message}"
-            logger.error("round %d: site %s has no result: %s", number, site, why)
-            log.refused.setdefault(site, why)
-            return []
-        return [{**row, "round": number, "site": site} for row in rows]
+    Attributes:
+        names: Columns of cases.csv.
+        splits: What was asked for.
+        round: Its number.
+    """
+
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    round: int
+
+
+def deliver_again(
+    post: Correspondence,
+    sent: Mapping[SiteId, Message],
+    needed: Container[SiteId],
+    *,
+    log: RoundLog,
+    retries: int,
+) -> dict[SiteId, Answer]:
+    """Deliver what follows the training of a round; ask again where that may help.
+
+    A site may file the same state twice, or be evaluated twice, so asking again is
+    harmless.
+
+    Args:
+        post: Writes to the sites.
+        sent: Message by site.
+        needed: Sites that are asked again if they fail.
+        log: Of the round; bytes are counted.
+        retries: How often.
+    """
+    answers = post.deliver(sent)
+    log.count(sent, answers)
+    for _ in range(retries):
+        again = {
+            site: sent[site]
+            for site, answer in answers.items()
+            if isinstance(answer, SiteFailure) and not answer.fatal and site in needed
+        }
+        if not again:
+            break
+        logger.warning(
+            "asking again for the end of the round: %s",
+            told(failures({site: answers[site] for site in again})),
+        )
+        more = post.deliver(again)
+        log.count(again, more)
+        answers.update(more)
+    return answers
+
+
+def rows_of(
+    site: SiteId, answer: Answer, columns: Columns, log: RoundLog
+) -> list[Mapping[str, Any]]:
+    """Give the checked rows of one site; none, with the reason noted, if it failed."""
+    number = columns.round
+    if isinstance(answer, SiteFailure):
+        why = f"{answer.reason} while evaluating: {answer.detail}"
+        logger.error("round %d: site %s has no result: %s", number, site, why)
+        if site not in log.refused:
+            log.failed.setdefault(site, why)
+        return []
+    try:
+        rows = expect(from_message(answer), Metrics).rows
+        check_rows(rows, columns.names, columns.splits)
+    except WireError as error:
+        why = f"its results: {error.message}"
+        logger.error("round %d: site %s has no result: %s", number, site, why)
+        log.refused.setdefault(site, why)
+        return []
+    return [{**row, "round": number, "site": site} for row in rows]
 
 
 def check_rows(

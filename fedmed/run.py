@@ -253,6 +253,7 @@ def drive(
         members=joined.members,
         public=joined.public,
         evaluated=joined.evaluated,
+        cards={site: facts.get("card", {}) for site, facts in joined.data.items()},
         observer=observer,
         columns=columns_of(joined.task),
         score=functools.partial(score_rows, joined.task.kind),

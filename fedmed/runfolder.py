@@ -13,7 +13,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -74,6 +74,11 @@ class RunFolder:
     def cases_file(self) -> Path:
         """One row per case, class, round, split and site."""
         return self.path / "cases.csv"
+
+    @property
+    def unseen_file(self) -> Path:
+        """As `cases_file`, for held-out sites, by rule; only if there are several."""
+        return self.path / "unseen.csv"
 
     @property
     def summary_file(self) -> Path:
@@ -162,13 +167,18 @@ class RunFolder:
         sync: bool = True,
     ) -> None:
         """Append rows to `cases.csv`, its header first; `sync` as in `append_round`."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
-        if not self.cases_file.exists() or self.cases_file.stat().st_size == 0:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(row.get(name)) for name in columns})
-        _append(self.cases_file, buffer.getvalue(), sync=sync)
+        _append_table(self.cases_file, columns, rows, sync=sync)
+
+    def append_unseen(
+        self,
+        columns: tuple[str, ...],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        sync: bool = True,
+    ) -> None:
+        """Append rows to `unseen.csv`, of the columns of `cases.csv`, if there are."""
+        if rows:
+            _append_table(self.unseen_file, unseen_columns(columns), rows, sync=sync)
 
     def read_rounds(self) -> list[dict[str, Any]]:
         """Read the complete lines of `rounds.jsonl`."""
@@ -187,13 +197,14 @@ class RunFolder:
         rounds = [r for r in self.read_rounds() if r["round"] <= last_round]
         text = "".join(json.dumps(record) + "\n" for record in rounds)
         write_atomic(self.rounds_file, text.encode())
-        if self.cases_file.exists():
-            text = self.cases_file.read_text(errors="replace")
-            lines = text.splitlines(keepends=True)
-            kept = [line for line in lines[1:] if _is_up_to(line, last_round)]
-            # Without complete rows the file must go, so that the header is rewritten.
-            content = "".join(lines[:1] + kept) if kept else ""
-            write_atomic(self.cases_file, content.encode())
+        for table in (self.cases_file, self.unseen_file):
+            if table.exists():
+                text = table.read_text(errors="replace")
+                lines = text.splitlines(keepends=True)
+                kept = [line for line in lines[1:] if _is_up_to(line, last_round)]
+                # Without complete rows it must go, so that the header is rewritten.
+                content = "".join(lines[:1] + kept) if kept else ""
+                write_atomic(table, content.encode())
         self.summary_file.unlink(missing_ok=True)
         self.model_file.unlink(missing_ok=True)
 
@@ -256,6 +267,27 @@ def _is_up_to(line: str, last_round: int) -> bool:
     """
     number = line.partition(",")[0]
     return line.endswith("\n") and number.isdecimal() and int(number) <= last_round
+
+
+def unseen_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Columns of unseen.csv: those of cases.csv, the rule, and whose sets it used."""
+    return (columns[0], "rule", "sets_of", *columns[1:])
+
+
+def _append_table(
+    path: Path,
+    columns: tuple[str, ...],
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    sync: bool,
+) -> None:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in columns})
+    _append(path, buffer.getvalue(), sync=sync)
 
 
 def _append(path: Path, text: str, *, sync: bool) -> None:

@@ -341,6 +341,7 @@ class Strategy(abc.ABC):
         kept_by_site: What stays.
         syncs: The modes that make sense for the method.
         keeps: Words for `StatePartition.of`: what of the network stays at the site.
+        training_only: Parts of the network that prediction does not use.
         pools_data: Simulation only: one process sees the data of all sites.
         needs_public: Uses the images of the study's public site (`sites.public`).
         copies_public: Every hospital opens them, from a copy of its own.
@@ -357,6 +358,7 @@ class Strategy(abc.ABC):
     kept_by_site: ClassVar[tuple[str, ...]] = ()
     syncs: ClassVar[tuple[Sync, ...]] = ("step", "round")
     keeps: ClassVar[tuple[str, ...]] = ()
+    training_only: ClassVar[tuple[str, ...]] = ()
     pools_data: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     copies_public: ClassVar[bool] = False

@@ -228,6 +228,10 @@ class StrategySection(OpenSection):
     name: str = "fedavg"
 
 
+UnseenRule = Literal["adabn", "average", "average_adabn", "nearest", "ensemble"]
+"""Whose normalisation a site uses that took no part; see `fedmed.unseen`."""
+
+
 class EvaluateSection(Section):
     """What is measured, and when.
 
@@ -236,12 +240,27 @@ class EvaluateSection(Section):
         batch_size: Examples per forward pass.
         largest_component: Keep only the largest component of each class.
         overlays: Cases per site kept as pictures (worst, median, best), 0 = none.
+        statistics: Of normalisation that stays at its site: "kept" as training left
+            them, or "recalibrated" before each evaluation, with the averaged weights,
+            on the site's own training images; labels are not used, nothing leaves.
+        unseen: What a method with normalisation per site does at a held-out site. The
+            first rule gives the result; others are reported beside it, in unseen.csv.
+            All but "adabn" ask the training sites once for their normalisation.
     """
 
     every: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
     largest_component: bool = False
     overlays: int = Field(3, ge=0, le=3)
+    statistics: Literal["kept", "recalibrated"] = "kept"
+    unseen: tuple[UnseenRule, ...] = Field(("adabn",), min_length=1)
+
+    @field_validator("unseen")
+    @classmethod
+    def _each_once(cls, rules: tuple[UnseenRule, ...]) -> tuple[UnseenRule, ...]:
+        if len(set(rules)) < len(rules):
+            raise ValueError("names a rule twice")
+        return rules
 
 
 class ToleranceSection(Section):

@@ -1,7 +1,9 @@
-"""Calibrating a newcomer: normalisation statistics from its own unlabelled images.
+"""Normalisation statistics from a site's own images, without labels; nothing leaves.
 
-A site that never trained has no statistics of its own. It re-estimates mean and
-variance on its images, without labels (AdaBN); nothing leaves.
+A site that never trained has no statistics of its own: it estimates mean and variance
+on all of its images (AdaBN). A site that trained may estimate its own anew on its
+training images (`evaluate.statistics: recalibrated`): those that local training left
+belong to the site's own drifted weights, the model to evaluate has the averaged ones.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedmed import seeds
+from fedmed.message import State
 from fedmed.partition import Entry
 from fedmed.strategy import Private
 from fedmed.training.examples import (
+    ExampleIndex,
     cut_patch,
     pad_alike,
     patch_corner,
@@ -24,6 +29,7 @@ from fedmed.training.examples import (
     read_slices,
 )
 from fedmed.training.trainer import DTYPES
+from fedmed.unseen import shareable
 from sites.context import Workbench
 from sites.data import AnyCase
 
@@ -33,6 +39,35 @@ _Read = Callable[[], torch.Tensor]
 def needs_calibration(bench: Workbench, private: Private) -> bool:
     """Whether statistics stay at the sites and this one has none yet."""
     return "kept" not in private.states and bool(_statistics(bench))
+
+
+def keeps_statistics(bench: Workbench) -> bool:
+    """Whether running statistics stay at the sites."""
+    return bool(_statistics(bench))
+
+
+def own_normalisation(
+    bench: Workbench, private: Private, *, weights: State
+) -> dict[str, torch.Tensor]:
+    """Give what the site would share of its normalisation and adapters.
+
+    Args:
+        bench: The hospital.
+        private: What it keeps.
+        weights: Shared entries; looked at only if statistics are recalibrated.
+
+    Returns:
+        As the site is evaluated with; empty if it never trained, or if its strategy
+        keeps more than that, see `fedmed.unseen`.
+    """
+    kept = private.states.get("kept", {})
+    chosen = shareable(bench.partition, bench.strategy.training_only)
+    names = [entry.name for entry in chosen if entry.name in kept]
+    if not names or bench.study.evaluate.statistics == "kept":
+        return {name: kept[name] for name in names}
+    model = bench.load(weights, private)
+    recalibrate(bench, model)
+    return bench.entries(model, names)
 
 
 def _statistics(bench: Workbench) -> list[Entry]:
@@ -68,6 +103,106 @@ def calibrate(bench: Workbench, model: nn.Module) -> None:
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()
+
+
+@torch.inference_mode()
+def recalibrate(bench: Workbench, model: nn.Module) -> None:
+    r"""Re-estimate the kept running statistics on the site's training images, in place.
+
+    With the statistics m_b, v_b of batches that hold a share p_b of the examples:
+    mean = sum_b p_b m_b, variance = sum_b p_b (v_b + m_b^2) - mean^2. The batches are
+    drawn once through all training examples, in a fixed random order, without
+    augmentation; patches are drawn without a look at the labels.
+
+    Source:
+        Wu, Johnson, Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576, section 3
+        (PreciseBN).
+    """
+    sums = [_Sums(layer) for layer in _kept_layers(bench, model)]
+    if not sums or not bench.training:
+        return
+    momenta = [own.layer.momentum for own in sums]
+    model.eval()
+    for own in sums:
+        own.layer.train()
+        own.layer.momentum = 1.0  # after a batch, the statistics are that batch's
+    dtype = DTYPES[bench.trainer.precision]
+    for images in training_batches(bench):
+        model(images.to(bench.trainer.device, dtype), site=bench.site_id)
+        for own in sums:
+            own.add(len(images))
+    for own, momentum in zip(sums, momenta, strict=True):
+        own.write()
+        own.layer.momentum = momentum
+    model.eval()
+
+
+class _Sums:
+    """Sums over batches of one layer's mean and mean square."""
+
+    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        self.layer = layer
+        self._count = 0
+        self._mean = self._square = torch.zeros((), dtype=torch.float64)
+
+    def add(self, count: int) -> None:
+        """Add the layer's statistics, those of a batch of so many examples."""
+        mean, variance = (tensor.double() for tensor in self._statistics())
+        self._count += count
+        self._mean = self._mean.to(mean.device) + count * mean
+        self._square = self._square.to(mean.device) + count * (variance + mean.square())
+
+    def write(self) -> None:
+        """Put mean and total variance into the layer."""
+        mean = self._mean / self._count
+        variance = (self._square / self._count - mean.square()).clamp(min=0)
+        for target, value in zip(self._statistics(), (mean, variance), strict=True):
+            target.copy_(value)
+
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, variance = self.layer.running_mean, self.layer.running_var
+        assert mean is not None  # only such layers keep statistics
+        assert variance is not None
+        return mean, variance
+
+
+def _kept_layers(
+    bench: Workbench, model: nn.Module
+) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Batch normalisation whose statistics stay at the site and prediction uses."""
+    unused = bench.strategy.training_only
+    kept = {e.name for e in _statistics(bench) if e.part not in unused}
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and f"{name}.running_mean" in kept
+    ]
+
+
+def training_batches(bench: Workbench) -> Iterator[torch.Tensor]:
+    """Each of the site's training examples once, in a fixed random order."""
+    size, mode = bench.study.evaluate.batch_size, bench.study.model.mode
+    seed = seeds.derive(bench.study.seed, "recalibration", bench.site_id)
+    index = _plain_index(bench)
+    for first in range(0, len(index), size):
+        count = min(size, len(index) - first)
+        if count == 1 and first and mode in {"row", "image"}:
+            return  # batch normalisation refuses a single row
+        # A batch that ends beyond the last example goes on with the first again.
+        yield index.batch(seed, first // size, size).images[:count]
+
+
+def _plain_index(bench: Workbench) -> ExampleIndex:
+    """The site's training examples as they are."""
+    model = bench.study.model
+    return ExampleIndex(
+        bench.data.splits["train"],
+        model.mode,
+        num_slices=model.slices,
+        patch_size=model.patch_size,
+        patches_per_case=model.patches_per_case,
+    )
 
 
 def unlabelled_batches(bench: Workbench) -> Iterator[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,12 @@ from fedmed.metrics.largest_component import largest_component
 from fedmed.strategy import Private
 from fedmed.training.examples import is_class
 from fedmed.training.predict import predict_case
-from sites.calibration import calibrate, needs_calibration
+from sites.calibration import (
+    calibrate,
+    keeps_statistics,
+    needs_calibration,
+    recalibrate,
+)
 from sites.context import HospitalContext, Workbench
 from sites.data import AnyCase, SliceView
 
@@ -70,6 +76,9 @@ View = tuple[str, AnyCase]
 Scored = tuple[list[Row], Picture | None]
 """The rows of a case, and a picture of it if it may be shown."""
 
+Predict = Callable[[AnyCase], np.ndarray]
+"""Gives the probabilities of every class."""
+
 
 def evaluate(
     bench: Workbench,
@@ -100,15 +109,76 @@ def evaluate(
     model = bench.load(weights, private)
     if needs_calibration(bench, private):
         calibrate(bench, model)
+    elif bench.study.evaluate.statistics == "recalibrated":
+        recalibrate(bench, model)
     if bench.data.site_id not in bench.study.split.held_out and bench.training:
         site: Any = HospitalContext(bench, private, number=0)
         bench.strategy.personalise(site, model.train())
-    model.eval()
+    predict = functools.partial(_predict, bench, model.eval())
+    return _rows(bench, predict, splits, overlays, name)
+
+
+def evaluate_newcomer(
+    bench: Workbench,
+    sets: Sequence[State],
+    *,
+    weights: State,
+    re_estimates: bool,
+    splits: tuple[str, ...],
+    overlays: Path | None = None,
+    name: Callable[[str], str] = str,
+) -> list[Row]:
+    """Score the model at a site that took no part, with the normalisation of others.
+
+    Args:
+        bench: The hospital.
+        sets: Normalisation and adapters; of several the predictions are averaged.
+            None: initial ones.
+        weights: Shared entries.
+        re_estimates: Re-estimate running statistics on the site's own images first,
+            without labels; of one set, or of none.
+        splits: As in `evaluate`.
+        overlays: As in `evaluate`.
+        name: As in `evaluate`.
+
+    Returns:
+        As `evaluate`.
+    """
+    privates = [Private({"kept": state}) for state in sets] or [Private()]
+    if re_estimates:
+        model = bench.load(weights, privates[0])
+        if keeps_statistics(bench):
+            calibrate(bench, model)
+        predict = functools.partial(_predict, bench, model.eval())
+    else:
+        predict = functools.partial(_predict_together, bench, weights, privates)
+    return _rows(bench, predict, splits, overlays, name)
+
+
+def _predict_together(
+    bench: Workbench, weights: State, privates: Sequence[Private], case: AnyCase
+) -> np.ndarray:
+    """Average the probabilities that the network gives with each of several sets."""
+    total = np.zeros((), np.float64)
+    for private in privates:
+        model = bench.load(weights, private).eval()
+        total = total + _predict(bench, model, case)
+    mean: np.ndarray = (total / len(privates)).astype(np.float32)
+    return mean
+
+
+def _rows(
+    bench: Workbench,
+    predict: Predict,
+    splits: tuple[str, ...],
+    overlays: Path | None,
+    name: Callable[[str], str],
+) -> list[Row]:
     views = [(split, case) for split in splits for case in bench.data.splits[split]]
     pictured = splits[-1] if overlays is not None else None
     rows: list[Row] = []
     shown: list[tuple[float, Picture, str]] = []
-    scored = _score_all(bench, model, views, pictured)
+    scored = _score_all(bench, predict, views, pictured)
     for (split, case), (found, picture) in zip(views, scored, strict=True):
         rows += [{"split": split, **row} for row in found]
         outside = name(case.case_id) if found else ""
@@ -130,7 +200,7 @@ def _mean_dice(rows: Iterable[Row]) -> float:
 
 
 def _score_all(
-    bench: Workbench, model: nn.Module, views: Sequence[View], pictured: str | None
+    bench: Workbench, predict: Predict, views: Sequence[View], pictured: str | None
 ) -> list[Scored]:
     """Predict every case once, and score it wherever it is in the splits.
 
@@ -149,7 +219,7 @@ def _score_all(
         waiting: deque[tuple[list[int], Future[list[Scored]]]] = deque()
         for numbers in _by_case(views):
             chosen = [views[number] for number in numbers]
-            probabilities = _predict(bench, model, _whole(chosen[0][1]))
+            probabilities = predict(_whole(chosen[0][1]))
             job = submit(_score_views, bench, chosen, probabilities, pictured)
             waiting.append((numbers, job))
             while len(waiting) > helpers:  # few predictions are in memory at a time

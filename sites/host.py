@@ -16,14 +16,15 @@ from typing import Any
 
 from fedmed.errors import SiteError, WireError
 from fedmed.message import Message, SiteFailure, SiteId, State
-from fedmed.payload import Card, Metrics, Payload, to_message
+from fedmed.payload import Card, Metrics, Normalisation, Payload, to_message
 from fedmed.runfolder import RunFolder
 from fedmed.seeds import seeded
 from fedmed.strategy import Outcome, Private
 from fedmed.study import Study, expand, study_from_dict
+from sites.calibration import own_normalisation
 from sites.case_names import CaseNames, load_pseudonym_key
 from sites.context import HospitalContext, Workbench, Workshop
-from sites.evaluation import evaluate
+from sites.evaluation import evaluate, evaluate_newcomer
 from sites.ledger import Ledger
 from sites.policy import (
     Policy,
@@ -192,6 +193,10 @@ class Host:
             return self._join(message)
         if message.kind == "end_round":
             return self._end_round(message)
+        if message.kind == "share_normalisation":
+            return self._share_normalisation(message)
+        if message.kind == "evaluate_newcomer":
+            return self._evaluate_newcomer(message)
         return self._act(message)
 
     def _join(self, message: Message) -> Card:
@@ -257,6 +262,29 @@ class Host:
             self._bench,
             private,
             weights=content["weights"],
+            splits=tuple(content["splits"]),
+            overlays=self._folder / "overlays" if content["overlays"] else None,
+            name=self._name_outside,
+        )
+        return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
+
+    def _share_normalisation(self, message: Message) -> Normalisation:
+        """Give what the site keeps of normalisation; nothing if it never trained."""
+        number = int(message.header["round"])
+        known = int(message.header.get("version", 0))
+        private = self._store.committed(number, at_least=known)
+        weights = arguments(message)["weights"]
+        state = own_normalisation(self._bench, private, weights=weights)
+        return Normalisation(num_examples=self._bench.num_examples, state=state)
+
+    def _evaluate_newcomer(self, message: Message) -> Metrics:
+        """Score the network with the normalisation of others."""
+        content = arguments(message)
+        rows = evaluate_newcomer(
+            self._bench,
+            [content[f"set{number}"] for number in range(content["sets"])],
+            weights=content["weights"],
+            re_estimates=content["re_estimates"],
             splits=tuple(content["splits"]),
             overlays=self._folder / "overlays" if content["overlays"] else None,
             name=self._name_outside,

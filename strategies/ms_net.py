@@ -119,6 +119,7 @@ class MSNet(Strategy):
         "its auxiliary decoder and head",
     )
     keeps: ClassVar = ("norm", "auxiliary")
+    training_only: ClassVar = ("auxiliary",)
     published_model: ClassVar[dict[str, Any]] = {
         "name": "residual_unet",
         "preset": "paper",
