@@ -216,8 +216,16 @@ def compare(  # noqa: PLR0917
         typer.Option(help="Names, comma-separated; options as ms_net[sync=round]."),
     ] = "separate,joint,fedavg,fedbn",
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="Who trains and who is tested: within_site, leave_one_site_out, or "
+            "cross_site (each site trains alone, all are tested)."
+        ),
+    ] = "",
     leave_one_site_out: Annotated[
-        bool, typer.Option("--leave-one-site-out", help="Hold out each site in turn.")
+        bool,
+        typer.Option("--leave-one-site-out", help="--protocol leave_one_site_out."),
     ] = False,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs side by side, each in its own process.")
@@ -237,6 +245,7 @@ def compare(  # noqa: PLR0917
         tuple(overrides or ()),
         strategies=_words(strategies, "--strategies"),
         seeds=_numbers(seeds),
+        protocol=protocol,
         leave_one_site_out=leave_one_site_out,
         jobs=jobs,
         transport=transport,

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,10 +32,12 @@ class Verdict:
     Attributes:
         finished: False if it was stopped after a round.
         error: What a person must know if it failed, else None.
+        processor_s: Processor time that it took.
     """
 
     finished: bool
     error: FedMedError | None = None
+    processor_s: float = 0.0
 
 
 def run_leg_process(
@@ -63,8 +65,15 @@ def run_leg_process(
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=_follow_parent, daemon=True).start()
     set_up_logging(verbose)
-    pipe.send(_verdict(study, folder, stop))
+    verdict = _verdict(study, folder, stop)
+    pipe.send(replace(verdict, processor_s=processor_seconds()))
     pipe.close()
+
+
+def processor_seconds() -> float:
+    """Processor time of this process, its threads and its ended child processes."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _follow_parent() -> None:

@@ -1,4 +1,4 @@
-"""Legs: the runs of a comparison, one a method, seed and site left out.
+"""Legs: the runs of a comparison, one a method, a seed and a choice of sites.
 
 A leg is known by its content, a hash of the resolved study and of the data: what was
 trained once is not trained again, under whatever label it is asked for.
@@ -11,15 +11,16 @@ import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fedmed.errors import ConfigError, ResumeError, StorageError, UsageError
 from fedmed.preflight import check_folder, what_counts
 from fedmed.resolve import load_strategy
 from fedmed.run import cache_folder
 from fedmed.runfolder import RunFolder
+from fedmed.spelling import did_you_mean
 from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, study_from_dict
 
@@ -27,6 +28,24 @@ INDEX_FILE = "compare.json"
 
 ALONE = "separate"
 """The method in which every site trains for itself."""
+
+Protocol = Literal["within_site", "leave_one_site_out", "cross_site"]
+"""Who trains and who tests; see `turns_of`."""
+
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who trains and who tests in a leg; every site does both if nothing is set.
+
+    Attributes:
+        held_out: The site that is tested and does not train.
+        trained_on: The only site that trains; all are tested.
+    """
+
+    held_out: str | None = None
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,10 @@ class Leg:
     Attributes:
         strategy: The method as asked for: a strategy's name, then perhaps its options
             in brackets; the label of its row.
+        held_out: As in `Turn`.
         folder: Of the run, in the folder of the comparison.
         content: Hash of everything that its numbers depend on.
+        trained_on: As in `Turn`.
     """
 
     strategy: str
@@ -45,6 +66,7 @@ class Leg:
     held_out: str | None
     folder: str
     content: str = ""
+    trained_on: str | None = None
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -84,34 +106,93 @@ def read_method(label: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(word.strip() for word in options.split(",") if word.strip())
 
 
+def turns_of(protocol: Protocol, sites: Sequence[str]) -> tuple[Turn, ...]:
+    """List who trains and who tests in the runs of one method and seed.
+
+    Args:
+        protocol: "within_site": every site trains, and is tested on its own test split.
+            "leave_one_site_out": each site in turn is tested, with all of its cases,
+            by a model that the others trained. "cross_site": each site in turn trains
+            alone; it is tested on its own test split, the others on all their cases.
+        sites: All sites of the study.
+
+    Raises:
+        UsageError: If there are too few sites.
+    """
+    if protocol == "within_site":
+        return (Turn(),)
+    if len(sites) < 2:
+        raise UsageError(f"{protocol} needs two sites; the study has {len(sites)}")
+    if protocol == "leave_one_site_out":
+        return tuple(Turn(held_out=site) for site in sites)
+    return tuple(Turn(trained_on=site) for site in sites)
+
+
+def read_protocol(name: str, *, leave_one_site_out: bool = False) -> Protocol:
+    """Read which protocol was asked for.
+
+    Args:
+        name: Of a protocol; "" is within_site.
+        leave_one_site_out: The older way to ask for that one.
+
+    Raises:
+        UsageError: If there is none of this name, or two were asked for.
+    """
+    if leave_one_site_out:
+        if name not in {"", "leave_one_site_out"}:
+            raise UsageError(f"give --leave-one-site-out or --protocol {name}")
+        return "leave_one_site_out"
+    for known in PROTOCOLS:
+        if known == (name or "within_site"):
+            return known
+    raise UsageError(
+        f"there is no protocol {name!r}{did_you_mean(name, PROTOCOLS)}",
+        hint=f"Known: {', '.join(PROTOCOLS)}.",
+    )
+
+
 def make_legs(
-    methods: Sequence[str], seeds: Sequence[int], held_out: Sequence[str | None]
+    methods: Sequence[str], seeds: Sequence[int], turns: Sequence[Turn]
 ) -> Iterator[Leg]:
     """List the runs of a comparison.
 
     Args:
         methods: As `read_method` reads them.
         seeds: Seeds.
-        held_out: Sites to leave out in turn; None = leave out none.
+        turns: Who trains and who tests.
     """
     for label in methods:
         name, _ = read_method(label)
         for seed in seeds:
             # A model trained on one site alone is no generalisation: `separate` is
             # the deck's Intra-site row and is run once, with every site in it.
-            for site in (None,) if name == ALONE else held_out:
+            for turn in (Turn(),) if name == ALONE else turns:
                 plain = re.sub(r"[^\w.+-]+", "-", label).strip("-")
-                suffix = "" if site is None else f"-without-{site}"
-                yield Leg(label, seed, site, f"{plain}-seed{seed}{suffix}")
+                yield Leg(
+                    label,
+                    seed,
+                    turn.held_out,
+                    f"{plain}-seed{seed}{_suffix(turn)}",
+                    trained_on=turn.trained_on,
+                )
 
 
-def study_of(content: Mapping[str, Any], study: Study, leg: Leg) -> Study:
+def _suffix(turn: Turn) -> str:
+    if turn.trained_on is not None:
+        return f"-on-{turn.trained_on}"
+    return "" if turn.held_out is None else f"-without-{turn.held_out}"
+
+
+def study_of(
+    content: Mapping[str, Any], study: Study, leg: Leg, *, sites: Sequence[str] = ()
+) -> Study:
     """Resolve the study of one leg.
 
     Args:
         content: The study's mapping as written, so that what was left open shows.
         study: The same, checked.
         leg: The leg.
+        sites: All sites of the study, if the leg trains on one of them alone.
 
     Raises:
         ConfigError: If the method does not exist, or an option is none of its.
@@ -132,6 +213,8 @@ def study_of(content: Mapping[str, Any], study: Study, leg: Leg) -> Study:
     split.setdefault("seed", study.seed)
     if leg.held_out is not None:
         split["held_out"] = [leg.held_out]
+    if leg.trained_on is not None:
+        split["held_out"] = [site for site in sites if site != leg.trained_on]
     changed["split"] = split
     own = study_from_dict(changed, where=f"the study for {leg.strategy}")
     load_strategy(own.strategy.name, own.strategy.options)
@@ -198,7 +281,7 @@ def place_legs(
                 f"{name} was trained on other images, labels or splits",
                 hint="Put the data back as they were, or choose another --out.",
             )
-        placed[Leg(leg.strategy, leg.seed, leg.held_out, name, content)] = study
+        placed[replace(leg, folder=name, content=content)] = study
     return placed
 
 
@@ -221,7 +304,8 @@ def write_index(folder: Path, study: Study, legs: Sequence[Leg]) -> None:
 
 
 def _row_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    return run.get("strategy"), run.get("seed"), run.get("held_out")
+    keys = ("strategy", "seed", "held_out", "trained_on")
+    return tuple(run.get(key) for key in keys)
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:

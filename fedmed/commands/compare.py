@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -14,14 +16,18 @@ from fedmed.checkpoint import Checkpoints
 from fedmed.commands.report import tell
 from fedmed.commands.run import default_folder, execute, listening, refuse_foreign
 from fedmed.leg_pool import LegPool
+from fedmed.leg_process import Verdict
 from fedmed.leg_progress import LegProgress
+from fedmed.leg_speed import Speed, speed_of
 from fedmed.legs import (
     INDEX_FILE,
     Leg,
     data_hash,
     make_legs,
     place_legs,
+    read_protocol,
     study_of,
+    turns_of,
     write_index,
 )
 from fedmed.report.published import read_published
@@ -42,6 +48,7 @@ def compare_command(
     *,
     strategies: tuple[str, ...],
     seeds: tuple[int, ...],
+    protocol: str,
     leave_one_site_out: bool,
     jobs: int,
     transport: str | None,
@@ -49,29 +56,33 @@ def compare_command(
     as_json: bool,
 ) -> None:
     """Run every leg that is not finished yet, then report."""
+    asked_for = read_protocol(protocol, leave_one_site_out=leave_one_site_out)
     if transport is not None:
         overrides = (*overrides, f"transport.name={transport}")
     content = apply_overrides(read_yaml(study_file), overrides)
     study = study_from_dict(content, where=study_file.name)
     if study.report.published:
         read_published(study.report.published)  # known now, not after hours
-    held_out = _sites(study) if leave_one_site_out else (None,)
+    sites = () if asked_for == "within_site" else _sites(study)
+    turns = turns_of(asked_for, sites)
     folder = out or default_folder(study)
     refuse_foreign(folder, (INDEX_FILE,))
-    asked = make_legs(strategies, seeds, held_out)
-    wanted = {leg: study_of(content, study, leg) for leg in asked}
+    asked = make_legs(strategies, seeds, turns)
+    wanted = {leg: study_of(content, study, leg, sites=sites) for leg in asked}
     legs = place_legs(folder, wanted, data_hash(study))
     write_index(folder, study, tuple(legs))
     todo = _unfinished(folder, legs)
+    began_s = time.monotonic()
     try:
-        finished = _run_all(todo, jobs, quiet=as_json)
+        spent = _run_all(todo, jobs, quiet=as_json)
     except KeyboardInterrupt:
-        finished = False
-    if not finished:
+        spent = None
+    if spent is None:
         told = f"stopped; the same command goes on from here (--out {folder})"
         typer.echo(f"fedmed: {told}", err=True)
         sys.exit(STOPPED)
-    _finish(folder, as_json=as_json)
+    speed = speed_of(spent, jobs=jobs, wall_s=time.monotonic() - began_s)
+    _finish(folder, speed if jobs > 1 and spent else None, as_json=as_json)
 
 
 def _sites(study: Study) -> tuple[str, ...]:
@@ -93,18 +104,22 @@ def _unfinished(folder: Path, legs: Mapping[Leg, Study]) -> dict[Path, Study]:
     return todo
 
 
-def _run_all(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> bool:
-    """Run legs; give whether all of them finished.
+def _run_all(
+    todo: Mapping[Path, Study], jobs: int, *, quiet: bool
+) -> tuple[Verdict, ...] | None:
+    """Run legs; give how those side by side ended, or None if not all finished.
 
     Raises:
         FedMedError: Of the first leg that failed, after all others have ended.
     """
     if not todo:
-        return True
+        return ()
+    verdicts: tuple[Verdict, ...] = ()
     if jobs == 1:
         finished = _run_in_turn(todo, quiet=quiet)
     else:
-        finished = _run_side_by_side(todo, jobs, quiet=quiet)
+        verdicts = _run_side_by_side(todo, jobs, quiet=quiet)
+        finished = len(verdicts) == len(todo) and all(v.finished for v in verdicts)
     for path, study in todo.items() if finished else ():
         lacking = _sites_without_result(RunFolder(path), study)
         if lacking:
@@ -114,7 +129,7 @@ def _run_all(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> bool:
                 path.name,
                 ", ".join(lacking),
             )
-    return finished
+    return verdicts if finished else None
 
 
 def _run_in_turn(todo: Mapping[Path, Study], *, quiet: bool) -> bool:
@@ -127,7 +142,9 @@ def _run_in_turn(todo: Mapping[Path, Study], *, quiet: bool) -> bool:
     return True
 
 
-def _run_side_by_side(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> bool:
+def _run_side_by_side(
+    todo: Mapping[Path, Study], jobs: int, *, quiet: bool
+) -> tuple[Verdict, ...]:
     rounds = next(iter(todo.values())).rounds
     progress = LegProgress(len(todo), jobs=jobs, rounds=rounds, quiet=quiet)
     with listening() as should_stop, progress:
@@ -136,7 +153,7 @@ def _run_side_by_side(todo: Mapping[Path, Study], jobs: int, *, quiet: bool) -> 
     for path, error in failed.items():
         hint = " ".join(filter(None, (error.hint, _others(len(failed) - 1))))
         raise type(error)(f"{path.name}: {error.message}", hint=hint)
-    return len(verdicts) == len(todo) and all(v.finished for v in verdicts.values())
+    return tuple(verdicts.values())
 
 
 def _others(number: int) -> str:
@@ -160,7 +177,12 @@ def _forget_last_round(run_folder: RunFolder) -> None:
         (run_folder.checkpoints / name).unlink()
 
 
-def _finish(folder: Path, *, as_json: bool) -> None:
+def _finish(folder: Path, speed: Speed | None, *, as_json: bool) -> None:
     from fedmed.report.page import build_report
 
-    tell(folder, build_report(folder), {"run": str(folder)}, as_json=as_json)
+    record: dict[str, Any] = {"run": str(folder)}
+    if speed is not None:
+        record["speed"] = speed.as_dict()
+    tell(folder, build_report(folder), record, as_json=as_json)
+    if speed is not None and not as_json:
+        typer.echo(str(speed))

@@ -169,7 +169,9 @@ def _site_row(site: str, data: Mapping[str, Any], role: str) -> dict[str, str]:
 def _role(site: str, comparison: Comparison) -> str:
     if site in comparison.held_out:
         return "held out, never trained on"
-    return "left out in turn" if site in comparison.left_out_in_turn else "trained"
+    roles = ["left out in turn"] if site in comparison.left_out_in_turn else []
+    roles += ["trained alone in turn"] if site in comparison.trained_in_turn else []
+    return ", ".join(roles) or "trained"
 
 
 def _take(facts: dict[str, Any], *names: str) -> str:
@@ -252,6 +254,8 @@ def _seconds(run: Run) -> list[float]:
 
 def _run_name(entry: Entry) -> str:
     words = f"{entry.strategy}, seed {entry.seed}"
+    if entry.trained_on:
+        return f"{words}, on {entry.trained_on} alone"
     return f"{words}, without {entry.held_out}" if entry.held_out else words
 
 

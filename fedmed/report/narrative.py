@@ -39,6 +39,11 @@ def what_was_studied(comparison: Comparison, table: Table) -> str:
             "In the runs marked “site unseen” each site in turn was left out of "
             "training and used for testing."
         )
+    if comparison.trained_in_turn:
+        sentences.append(
+            "In the runs marked “trained on” one site trained alone, and its model was "
+            "tested at every site."
+        )
     return " ".join(sentences)
 
 
@@ -51,7 +56,11 @@ def what_came_out(
         return "There is no result yet: no case has been scored."
     sentences = []
     for is_left_out in (False, True):
-        rows = [row for row in scored if row.is_left_out == is_left_out]
+        rows = [
+            row
+            for row in scored
+            if row.is_left_out == is_left_out and not row.trained_on
+        ]
         sentences += _outcome(table, rows, tests, reference)
     return " ".join(sentences)
 
@@ -65,14 +74,15 @@ def how_to_repeat(comparison: Comparison) -> tuple[str, ...]:
     if comparison.is_single:
         return (shlex.join(["fedmed", "run", _lock_of(entries[0])]),)
     left_out = {entry.strategy for entry in entries if entry.held_out}
-    plain = {entry.strategy for entry in entries if not entry.held_out}
+    plain = {entry.strategy for entry in entries if entry.is_plain}
+    groups = [
+        [entry for entry in entries if entry.is_plain],
+        [entry for entry in entries if entry.held_out],
+        [entry for entry in entries if entry.trained_on],
+    ]
     if left_out and plain <= {ALONE}:
         # That one leaves no site out even where all others do.
-        return (_compare_command(entries),)
-    groups = (
-        [entry for entry in entries if not entry.held_out],
-        [entry for entry in entries if entry.held_out],
-    )
+        groups = [groups[0] + groups[1], groups[2]]
     return tuple(_compare_command(group) for group in groups if group)
 
 
@@ -90,6 +100,8 @@ def _compare_command(entries: Sequence[Entry]) -> str:
     words += ["--seeds", ",".join(map(str, seeds))]
     if any(entry.held_out for entry in entries):
         words.append("--leave-one-site-out")
+    if any(entry.trained_on for entry in entries):
+        words += ["--protocol", "cross_site"]
     return shlex.join(words)
 
 
@@ -104,7 +116,7 @@ def _what_it_says(entry: Entry) -> tuple[bool, bool, int, bool]:
     options = given if isinstance(given, Mapping) else {}
     is_plain = "[" not in entry.strategy
     is_step = options.get("sync") == "step"
-    return is_plain, is_step, len(options), entry.held_out is None
+    return is_plain, is_step, len(options), entry.is_plain
 
 
 def _lock_of(entry: Entry) -> str:

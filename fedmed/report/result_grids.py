@@ -78,7 +78,7 @@ def tests_grid(tests: Sequence[PairedTest], reference: str, *, by_site: bool) ->
 
 
 def _result_row(row: Row, table: Table, has_gain: bool) -> tuple[Box, ...]:
-    rivals = [other for other in table.rows if other.is_left_out == row.is_left_out]
+    rivals = [other for other in table.rows if _is_rival(other, row)]
     if len(rivals) < 2:
         rivals = []
     best = {s: _best(rival.cells.get(s) for rival in rivals) for s in table.sites}
@@ -95,9 +95,16 @@ def _result_row(row: Row, table: Table, has_gain: bool) -> tuple[Box, ...]:
     )
 
 
+def _is_rival(other: Row, row: Row) -> bool:
+    """Whether two rows were trained and tested at the same sites."""
+    same = other.is_left_out == row.is_left_out
+    return same and other.trained_on == row.trained_on
+
+
 def _site_title(site: str, table: Table) -> str:
     """Mark a column whose values are all of a model that never saw the site."""
-    found = [row for row in table.rows if site in row.cells and not row.is_left_out]
+    own = [row for row in table.rows if not row.is_left_out and not row.trained_on]
+    found = [row for row in own if site in row.cells]
     unseen = bool(found) and all(row.cells[site].is_unseen for row in found)
     return f"{site} (held out)" if unseen else site
 
@@ -158,7 +165,7 @@ def _by_class(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
 
 
 def _test_row(test: PairedTest, by_site: bool) -> tuple[Box, ...]:
-    equal = test.num_cases - test.num_better - test.num_worse
+    equal = test.num_patients - test.num_better - test.num_worse
     interval = NO_VALUE
     if math.isfinite(test.low):
         interval = f"{signed_points(test.low)} to {signed_points(test.high)}"

@@ -72,7 +72,9 @@ class Row:
         overall: Unweighted mean over `overall_sites`.
         overall_sites: The sites averaged. Held-out sites are left out of the mean
             where other sites were trained on, since the two answer other questions.
+            Where one site trained alone, the others.
         worst_site: Site with the lowest mean, of `overall_sites`.
+        trained_on: The only site that trained, where each does in turn.
     """
 
     label: str
@@ -83,6 +85,7 @@ class Row:
     overall: Cell
     overall_sites: tuple[str, ...]
     worst_site: str
+    trained_on: str | None = None
 
     @property
     def worst(self) -> float:
@@ -112,15 +115,19 @@ def group_rows(comparison: Comparison) -> tuple[tuple[Entry, ...], ...]:
         comparison: One run or several.
 
     Returns:
-        Groups in order of first appearance, those of unseen sites last; each holds
-        the runs of all seeds.
+        Groups in order of first appearance, then those of unseen sites, then those in
+        which one site trained; each holds the runs of all seeds.
     """
-    grouped: dict[tuple[str, bool], list[Entry]] = {}
+    grouped: dict[tuple[str, tuple[bool, str]], list[Entry]] = {}
     for entry in comparison.entries:
-        key = (entry.strategy, entry.held_out is not None)
-        grouped.setdefault(key, []).append(entry)
-    keys = sorted(grouped, key=lambda key: key[1])  # stable: keeps the order within
+        grouped.setdefault((entry.strategy, way_of_testing(entry)), []).append(entry)
+    keys = sorted(grouped, key=lambda key: (bool(key[1][1]), key[1][0]))  # stable
     return tuple(tuple(grouped[key]) for key in keys)
+
+
+def way_of_testing(entry: Entry) -> tuple[bool, str]:
+    """Tell who trained and who was tested; only equal ones are rivals."""
+    return entry.held_out is not None, entry.trained_on or ""
 
 
 def make_rows(comparison: Comparison) -> tuple[Row, ...]:
@@ -137,7 +144,7 @@ def make_rows(comparison: Comparison) -> tuple[Row, ...]:
     places = [
         place
         for place, row in enumerate(rows)
-        if row.strategy == ALONE and not row.is_left_out
+        if row.strategy == ALONE and not row.is_left_out and not row.trained_on
     ]
     if not places:
         return tuple(rows)
@@ -187,6 +194,8 @@ def mean_over_seeds(entries: Sequence[Entry]) -> Scores:
 
 def row_label(entry: Entry) -> str:
     """Name the row that a run belongs to."""
+    if entry.trained_on is not None:
+        return f"{entry.strategy} (trained on {entry.trained_on})"
     return f"{entry.strategy} (site unseen)" if entry.held_out else entry.strategy
 
 
@@ -198,6 +207,9 @@ def _row(entries: Sequence[Entry]) -> Row:
     cells = {site: _merge_seeds(by_site[site]) for site in sorted(by_site)}
     trained = tuple(site for site, cell in cells.items() if not cell.is_unseen)
     averaged = trained or tuple(cells)
+    if entries[0].trained_on is not None:
+        elsewhere = tuple(site for site, cell in cells.items() if cell.is_unseen)
+        averaged = elsewhere or tuple(cells)
     scored = [site for site in averaged if math.isfinite(cells[site].mean)]
     return Row(
         row_label(entries[0]),
@@ -208,6 +220,7 @@ def _row(entries: Sequence[Entry]) -> Row:
         _overall([cells[site] for site in averaged], _seed_means(entries, averaged)),
         averaged,
         min(scored, key=lambda site: cells[site].mean, default=""),
+        entries[0].trained_on,
     )
 
 

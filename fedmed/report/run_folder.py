@@ -65,12 +65,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a comparison: which strategy, which seed, which site left out."""
+    """One run of a comparison: which strategy, which seed, which sites.
+
+    Attributes:
+        held_out: The site left out to test on, where each is in turn.
+        trained_on: The only site that trained, where each does in turn.
+    """
 
     strategy: str
     seed: int
     held_out: str | None
     run: Run
+    trained_on: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all of the study's sites trained."""
+        return self.held_out is None and self.trained_on is None
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Comparison:
     @property
     def held_out(self) -> tuple[str, ...]:
         """Sites that no run trained on, as opposed to those left out in turn."""
-        runs = [entry.run for entry in self.entries if entry.held_out is None]
+        runs = [entry.run for entry in self.entries if entry.is_plain]
         sites = set.intersection(*(set(run.held_out) for run in runs)) if runs else ()
         return tuple(sorted(sites))
 
@@ -118,6 +129,12 @@ class Comparison:
     def left_out_in_turn(self) -> tuple[str, ...]:
         """Sites that one run or another left out to test on."""
         found = {entry.held_out for entry in self.entries if entry.held_out}
+        return tuple(sorted(found))
+
+    @property
+    def trained_in_turn(self) -> tuple[str, ...]:
+        """Sites that one run or another trained on alone."""
+        found = {entry.trained_on for entry in self.entries if entry.trained_on}
         return tuple(sorted(found))
 
     @property
@@ -232,11 +249,15 @@ def _entry(row: Mapping[str, Any], run: Run) -> Entry:
         held_out = held_out[0] if held_out else None
     seed = int(row.get("seed") or 0)
     site = None if held_out is None else str(held_out)
-    return Entry(str(row.get("strategy", run.strategy)), seed, site, run)
+    only = row.get("trained_on")
+    trained_on = None if only is None else str(only)
+    return Entry(str(row.get("strategy", run.strategy)), seed, site, run, trained_on)
 
 
 def _describe(row: Mapping[str, Any]) -> str:
     words = f"{row.get('strategy', '?')}, seed {row.get('seed', '?')}"
+    if row.get("trained_on"):
+        return f"{words}, on {row['trained_on']} alone"
     return f"{words}, without {row['held_out']}" if row.get("held_out") else words
 
 

@@ -33,6 +33,7 @@ class CaseScore:
         by_class: Class -> Dice; in classification the true class -> `score`.
         label: Classification: the true class, else "".
         probability: Classification: the score written for the case, else NaN.
+        patient: Whose case it is, at this site; where that is not known, the case.
     """
 
     site: str
@@ -46,6 +47,7 @@ class CaseScore:
     by_class: Mapping[str, float] = field(default_factory=dict)
     label: str = ""
     probability: float = math.nan
+    patient: str = ""
 
 
 def case_scores(run: Run) -> tuple[CaseScore, ...]:
@@ -130,6 +132,7 @@ def _score(site: str, case_id: str, rows: Sequence[Mapping[str, str]]) -> CaseSc
         num_missed=status.count("missed"),
         num_false_alarms=status.count("false_alarm"),
         by_class=by_class,
+        patient=_patient(rows[0]),
     )
 
 
@@ -143,7 +146,13 @@ def _classified(site: str, case_id: str, row: Mapping[str, str]) -> CaseScore:
         by_class={label: float(label == prediction)} if known else {},
         label=label,
         probability=_number(row, "score"),
+        patient=_patient(row),
     )
+
+
+def _patient(row: Mapping[str, str]) -> str:
+    """Runs of older versions did not write whose case it is."""
+    return row.get("subject_id") or row["case_id"]
 
 
 def _number(row: Mapping[str, str], column: str) -> float:

@@ -1,8 +1,9 @@
-"""Is the difference between two strategies more than chance? Paired, by case.
+"""Is the difference between two strategies more than chance? Paired, by patient.
 
 Every case is segmented by both strategies, so the comparison is within cases: it is
 blind to some scans being harder than others. Seeds are averaged first: three seeds of
-one case are not three patients. Testing many strategies finds differences by luck;
+one case are not three patients, and nor are three scans of one: tests and intervals
+take the patient as their unit. Testing many strategies finds differences by luck;
 Holm's correction keeps the chance of any false finding in a family at its level.
 """
 
@@ -14,7 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedmed.report.rows import ALONE, Scores, group_rows, mean_over_seeds, row_label
+from fedmed.report.rows import (
+    ALONE,
+    group_rows,
+    mean_over_seeds,
+    result_scores,
+    row_label,
+    way_of_testing,
+)
 from fedmed.report.run_folder import Comparison, Entry
 from fedmed.report.scores import mean_of_finite
 from fedmed.seeds import numpy_rng
@@ -25,8 +33,41 @@ EXACT_UP_TO = 60
 NUM_RESAMPLES = 2000
 """Bootstrap draws behind a confidence interval."""
 
-Pairs = dict[str, np.ndarray]
-"""Site -> differences, one a case."""
+OWN_SITE = "own site alone"
+"""Trained on one site, tested there: the diagonal of a cross-site table."""
+
+OTHER_SITE = "one other site alone"
+"""Trained on one site, tested elsewhere: a mean over the training sites."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What two strategies differ by at one site.
+
+    Attributes:
+        cases: (n,), one a case.
+        patients: (n,), the number of each case's patient, from 0.
+    """
+
+    cases: np.ndarray
+    patients: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(m,), cases of each patient."""
+        return np.bincount(self.patients)
+
+    @property
+    def by_patient(self) -> np.ndarray:
+        """(m,), mean over each patient's cases."""
+        sums = np.bincount(self.patients, weights=self.cases)
+        # Rounded so that ties are ties.
+        means: np.ndarray = np.round(sums / self.counts, 12)
+        return means
+
+
+Pairs = dict[str, Differences]
+"""Site -> differences."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +79,14 @@ class PairedTest:
         site: The site, or "" for all sites together.
         difference: Mean over cases of (strategy - reference); for all sites, the
             unweighted mean over sites of that. In [-1, 1].
-        low: Lower end of its 95 % bootstrap interval, cases drawn within sites.
+        low: Lower end of its 95 % bootstrap interval, patients drawn within sites with
+            all of their cases.
         high: Upper end.
         num_cases: Pairs.
-        num_better: Pairs in which the strategy is better.
-        num_worse: Pairs in which it is worse; the rest are equal.
+        num_better: Patients in whose cases the strategy is better on average.
+        num_worse: Patients in whose cases it is worse; the rest are equal.
         seed_differences: `difference` of each seed that both have.
-        p: Two-sided Wilcoxon signed-rank p-value; NaN if no pair differs.
+        p: Two-sided Wilcoxon signed-rank p-value over patients; NaN if none differs.
         p_holm: The same after Holm's correction within its family: all strategies
             over all sites, or all strategies at each single site.
     """
@@ -60,6 +102,7 @@ class PairedTest:
     seed_differences: tuple[float, ...]
     p: float
     p_holm: float = math.nan
+    num_patients: int = 0
 
 
 def paired_tests(
@@ -82,7 +125,7 @@ def paired_tests(
         against = _partner(groups, group, reference)
         if against is None:
             continue
-        pairs = _differences(mean_over_seeds(group), mean_over_seeds(against))
+        pairs = _differences(group, against)
         by_seed = _seed_pairs(group, against)
         label = row_label(group[0])
         if pairs:
@@ -101,19 +144,39 @@ def planned_tests(
     Args:
         comparison: The runs.
         plan: Claims: the row that should be better, the other one, and the site, or ""
-            for the mean over sites. Rows by their labels.
+            for the mean over sites. Rows by their labels; of methods that trained on
+            one site at a time also "method (own site alone)", the mean over models
+            tested where they trained, and "method (one other site alone)", tested
+            elsewhere.
 
     Returns:
         One test a claim, in the same order; without any pair all values are NaN.
     """
     groups = {row_label(group[0]): group for group in group_rows(comparison)}
+    groups |= _own_and_other(comparison)
     tests = []
     for better, worse, site in plan:
         ours, theirs = groups.get(better, ()), groups.get(worse, ())
-        pairs = _at(site, _differences(mean_over_seeds(ours), mean_over_seeds(theirs)))
+        pairs = _at(site, _differences(ours, theirs))
         by_seed = [_at(site, found) for found in _seed_pairs(ours, theirs)]
         tests.append(_test(better, site, pairs, [p for p in by_seed if p]))
     return _corrected(tests)
+
+
+def _own_and_other(comparison: Comparison) -> dict[str, tuple[Entry, ...]]:
+    """Divide cross-site runs by whether a case is of the site that trained."""
+    found: dict[str, list[Entry]] = {}
+    for entry in comparison.entries:
+        for what in (OWN_SITE, OTHER_SITE) if entry.trained_on else ():
+            cases = tuple(
+                row
+                for row in entry.run.cases
+                if (row["site"] == entry.trained_on) == (what == OWN_SITE)
+            )
+            label = f"{entry.strategy} ({what})"
+            part = replace(entry, run=replace(entry.run, cases=cases))
+            found.setdefault(label, []).append(part)
+    return {label: tuple(parts) for label, parts in found.items()}
 
 
 def _at(site: str, pairs: Pairs) -> Pairs:
@@ -202,23 +265,34 @@ def _partner(
     """
     if group[0].strategy == reference:
         return None
-    left_out = group[0].held_out is not None
+    way = way_of_testing(group[0])
     same = [g for g in groups if g[0].strategy == reference]
-    same.sort(key=lambda g: (g[0].held_out is not None) != left_out)
+    same.sort(key=lambda g: way_of_testing(g[0]) != way)
     if reference != ALONE:
-        same = [g for g in same if (g[0].held_out is not None) == left_out]
+        same = [g for g in same if way_of_testing(g[0]) == way]
     return same[0] if same else None
 
 
-def _differences(scores: Scores, reference: Scores) -> Pairs:
+def _differences(group: Sequence[Entry], against: Sequence[Entry]) -> Pairs:
     """Pair by site and case; what only one of the two has does not count."""
+    scores, reference = mean_over_seeds(group), mean_over_seeds(against)
+    patients = {
+        (score.site, score.case_id): score.patient
+        for entry in group
+        for score in result_scores(entry)
+    }
     pairs = {}
     for site in sorted(set(scores) & set(reference)):
-        shared = sorted(set(scores[site]) & set(reference[site]))
-        found = np.array([scores[site][c] - reference[site][c] for c in shared])
-        found = np.round(found[np.isfinite(found)], 12)  # so that ties are ties
-        if len(found):
-            pairs[site] = found
+        found = {
+            case: scores[site][case] - reference[site][case]
+            for case in sorted(set(scores[site]) & set(reference[site]))
+        }
+        finite = {case: value for case, value in found.items() if math.isfinite(value)}
+        if finite:
+            whose = [patients[site, case] for case in finite]
+            _, numbers = np.unique(np.array(whose), return_inverse=True)
+            values = np.round(np.array(list(finite.values())), 12)
+            pairs[site] = Differences(values, numbers)
     return pairs
 
 
@@ -228,18 +302,18 @@ def _seed_pairs(group: Sequence[Entry], against: Sequence[Entry]) -> list[Pairs]
     for seed in sorted({entry.seed for entry in group}):
         ours = [entry for entry in group if entry.seed == seed]
         theirs = [entry for entry in against if entry.seed == seed]
-        pairs = _differences(mean_over_seeds(ours), mean_over_seeds(theirs))
+        pairs = _differences(ours, theirs)
         if pairs:
             found.append(pairs)
     return found
 
 
 def _mean_difference(pairs: Pairs) -> float:
-    return mean_of_finite(float(np.mean(found)) for found in pairs.values())
+    return mean_of_finite(float(np.mean(found.cases)) for found in pairs.values())
 
 
 def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTest:
-    pooled = np.concatenate([np.zeros(0), *pairs.values()])
+    pooled = np.concatenate([np.zeros(0), *(p.by_patient for p in pairs.values())])
     low, high = _bootstrap_interval(pairs)
     return PairedTest(
         label,
@@ -247,23 +321,34 @@ def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTe
         _mean_difference(pairs),
         low,
         high,
-        len(pooled),
+        sum(len(found.cases) for found in pairs.values()),
         int(np.sum(pooled > 0)),
         int(np.sum(pooled < 0)),
         tuple(_mean_difference(found) for found in by_seed),
         wilcoxon_p(pooled),
+        num_patients=len(pooled),
     )
 
 
 def _bootstrap_interval(pairs: Pairs) -> tuple[float, float]:
-    """95 % percentile interval of the mean over sites of the mean over cases."""
-    if min((len(found) for found in pairs.values()), default=0) < 2:
+    """95 % percentile interval of the mean over sites of the mean over cases.
+
+    Patients are drawn with all of their cases, since these are more alike than those
+    of different patients.
+
+    Source:
+        Davison and Hinkley, Bootstrap Methods and their Application, 1997, 3.8.
+    """
+    if min((len(found.counts) for found in pairs.values()), default=0) < 2:
         return math.nan, math.nan
     draws = np.zeros(NUM_RESAMPLES)
     for site, found in pairs.items():
         rng = numpy_rng(0, "report", "bootstrap", site)
-        chosen = rng.integers(len(found), size=(NUM_RESAMPLES, len(found)))
-        draws += found[chosen].mean(axis=1) / len(pairs)
+        size = len(found.counts)
+        chosen = rng.integers(size, size=(NUM_RESAMPLES, size))
+        sums = np.bincount(found.patients, weights=found.cases)
+        means = sums[chosen].sum(axis=1) / found.counts[chosen].sum(axis=1)
+        draws += means / len(pairs)
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
 

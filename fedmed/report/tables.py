@@ -138,7 +138,9 @@ def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:
         )
     for row in rows:
         aside = [site for site in row.cells if site not in row.overall_sites]
-        if aside:
+        if aside and row.trained_on is not None:
+            notes.append(f"{row.label}: “Overall” is over the sites that it never saw.")
+        elif aside:
             notes.append(
                 f"{row.label}: “Overall” is over the sites that trained; "
                 f"{listing(aside)} was held out and is shown beside it."
@@ -171,6 +173,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "label": row.label,
         "seeds": list(row.seeds),
         "site_unseen": row.is_left_out,
+        "trained_on": row.trained_on,
         "sites": {site: _cell_dict(cell) for site, cell in row.cells.items()},
         "overall": _cell_dict(row.overall),
         "overall_sites": list(row.overall_sites),

@@ -129,11 +129,12 @@ with “{{ reference }}”. Seeds of one case are averaged first.
 <details><summary>The same at each site</summary>
 {{ grid(site_tests) }}
 </details>
-<p class="note">p: two-sided Wilcoxon signed-rank test over cases. p (Holm): corrected
-for the number of tests in its table; bold below 0.05. Interval: bootstrap of cases
-within sites, not corrected. The test speaks about further cases of these same sites and
-these trained models, not about other hospitals. Where the seeds do not agree on the
-sign, a small p should not be relied on.</p>
+<p class="note">p: two-sided Wilcoxon signed-rank test over patients; several cases of
+one are averaged first. p (Holm): corrected
+for the number of tests in its table; bold below 0.05. Interval: bootstrap of patients,
+each with all cases, within sites, not corrected. The test speaks about further cases of
+these same sites and these trained models, not about other hospitals. Where the seeds do
+not agree on the sign, a small p should not be relied on.</p>
 {% else %}
 <p class="none">No case was scored under two strategies, so nothing can be compared.</p>
 {% endif %}

@@ -8,7 +8,7 @@ import pytest
 
 from fedmed import legs
 from fedmed.errors import ConfigError, ResumeError, UsageError
-from fedmed.legs import Leg
+from fedmed.legs import Leg, Turn
 from fedmed.study import Study, study_from_dict
 
 CONTENT: dict[str, Any] = {
@@ -49,11 +49,60 @@ def test_unknown_options_of_a_method_are_refused_before_anything_runs() -> None:
 
 
 def test_folders_have_names_without_brackets() -> None:
-    found = list(legs.make_legs(["separate", "a[b=1,c=x]"], [0, 1], ["s", "t"]))
+    turns = legs.turns_of("leave_one_site_out", ["s", "t"])
+    found = list(legs.make_legs(["separate", "a[b=1,c=x]"], [0, 1], turns))
     names = [leg.folder for leg in found]
     assert names[:2] == ["separate-seed0", "separate-seed1"]
     assert names[2] == "a-b-1-c-x-seed0-without-s"
     assert len(set(names)) == len(names) == 6
+
+
+def test_protocols_say_who_trains_and_who_is_tested() -> None:
+    sites = ["s", "t", "u"]
+    assert legs.turns_of("within_site", sites) == (Turn(),)
+    out = legs.turns_of("leave_one_site_out", sites)
+    assert [turn.held_out for turn in out] == sites
+    cross = legs.turns_of("cross_site", sites)
+    assert [turn.trained_on for turn in cross] == sites
+    found = list(legs.make_legs(["fedavg", "separate"], [0], cross))
+    assert [leg.folder for leg in found] == [
+        "fedavg-seed0-on-s", "fedavg-seed0-on-t", "fedavg-seed0-on-u", "separate-seed0",
+    ]  # fmt: skip
+    own = legs.study_of(CONTENT, study(), found[1], sites=sites)
+    assert own.split.held_out == ("s", "u")
+
+
+def test_with_two_sites_training_on_one_is_leaving_the_other_out(
+    tmp_path: Path,
+) -> None:
+    turns = [Turn(held_out="t"), Turn(trained_on="s")]
+    wanted = {
+        leg: legs.study_of(CONTENT, study(), leg, sites=["s", "t"])
+        for leg in legs.make_legs(["fedavg"], [0], turns)
+    }
+    placed = legs.place_legs(tmp_path, wanted, "d")
+    assert [leg.folder for leg in placed] == ["fedavg-seed0-without-t"] * 2
+    legs.write_index(tmp_path, study(), tuple(placed))
+    index = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    assert [(r["held_out"], r["trained_on"]) for r in index] == [
+        ("t", None), (None, "s"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["leave_one_site_out", "cross_site"])
+def test_one_site_is_too_few(protocol: Any) -> None:
+    with pytest.raises(UsageError, match="needs two sites; the study has 1"):
+        legs.turns_of(protocol, ["s"])
+
+
+def test_protocols_are_read_by_name() -> None:
+    assert legs.read_protocol("") == "within_site"
+    assert legs.read_protocol("", leave_one_site_out=True) == "leave_one_site_out"
+    assert legs.read_protocol("cross_site") == "cross_site"
+    with pytest.raises(UsageError, match="did you mean 'cross_site'"):
+        legs.read_protocol("crosssite")
+    with pytest.raises(UsageError, match="--protocol cross_site"):
+        legs.read_protocol("cross_site", leave_one_site_out=True)
 
 
 def test_content_is_what_the_numbers_depend_on() -> None:
@@ -75,7 +124,7 @@ def test_content_is_what_the_numbers_depend_on() -> None:
 def place(folder: Path, *labels: str, data: str = "d") -> list[str]:
     wanted = {
         leg: legs.study_of(CONTENT, study(), leg)
-        for leg in legs.make_legs(labels, [0], [None])
+        for leg in legs.make_legs(labels, [0], [Turn()])
     }
     placed = legs.place_legs(folder, wanted, data)
     legs.write_index(folder, study(), tuple(placed))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import csv
 import importlib
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from scipy.stats import wilcoxon
 
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.significance import (
+    Differences,
+    _bootstrap_interval,
     choose_reference,
     holm,
     paired_tests,
+    planned_tests,
     wilcoxon_p,
 )
 
@@ -105,16 +110,102 @@ def test_each_table_is_one_family(compared: Path) -> None:
         assert [t.p_holm for t in family] == pytest.approx(holm([t.p for t in family]))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    from fedmed.report.significance import _bootstrap_interval
+def _singles(rng: np.random.Generator, mean: float, size: int) -> Differences:
+    return Differences(rng.normal(mean, 1, size), np.arange(size))
 
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(100):
-        pairs = {"a": rng.normal(0.5, 1, 30), "b": rng.normal(1.5, 1, 30)}
-        low, high = _bootstrap_interval(pairs)
+        low, high = _bootstrap_interval(
+            {"a": _singles(rng, 0.5, 30), "b": _singles(rng, 1.5, 30)}
+        )
         hits += low < 1.0 < high
     assert 86 <= hits <= 100
+
+
+def _repeated(rng: np.random.Generator, num_patients: int) -> Differences:
+    """Three scans a patient, which differ little from one another."""
+    patients = np.repeat(np.arange(num_patients), 3)
+    of_patient = rng.normal(0.0, 1.0, num_patients)[patients]
+    return Differences(of_patient + rng.normal(0, 0.1, len(patients)), patients)
+
+
+def test_scans_of_one_patient_are_no_further_patients() -> None:
+    """Of 100 intervals about 95 hold the truth; of naive ones, about 75 would."""
+    rng = np.random.default_rng(1)
+    hits, naive, false = 0, 0, 0
+    for _ in range(100):
+        found = _repeated(rng, 25)
+        low, high = _bootstrap_interval({"a": found})
+        hits += low < 0 < high
+        alone = Differences(found.cases, np.arange(len(found.cases)))
+        low, high = _bootstrap_interval({"a": alone})
+        naive += low < 0 < high
+        false += wilcoxon_p(found.by_patient) < 0.05
+    assert 87 <= hits <= 100
+    assert naive < 85
+    assert false <= 11
+
+
+def test_a_patients_cases_are_one_unit_of_the_test(compared: Path) -> None:
+    folder = compared.parent / "patients"
+    shutil.copytree(compared, folder)
+    for path in folder.glob("runs/*/cases.csv"):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        for row in rows:  # cases 0 and 1 are of one patient, 2 and 3 ...
+            row["subject_id"] = f"p{int(row['case_id'][-2:]) // 2}"
+        folders.write_rows(path, tuple(rows[0]), rows)
+    before, _ = paired_tests(read_comparison(compared), "fedavg")
+    after, by_site = paired_tests(read_comparison(folder), "fedavg")
+    assert [t.difference for t in after] == [t.difference for t in before]
+    assert [(t.num_cases, t.num_patients) for t in after] == [(26, 13)] * 2
+    found = [t for t in by_site if (t.row, t.site) == ("ms_net", "a")]
+    ours, theirs = (
+        (_dice(folder, name, 0, "a") + _dice(folder, name, 1, "a")) / 2
+        for name in ("ms_net", "fedavg")
+    )
+    means = (ours - theirs).reshape(5, 2).mean(axis=1)
+    assert found[0].p == pytest.approx(wilcoxon(means, method="exact").pvalue)
+    assert found[0].num_better + found[0].num_worse == 5
+
+
+def _cross_site(folder: Path, *, level: dict[str, dict[str, float]]) -> Path:
+    """Write runs of one method trained on a, on b; Dice by training and test site."""
+    runs = []
+    for only, sites in level.items():
+        name = f"x-on-{only}"
+        others = tuple(s for s in sites if s != only)
+        plan = folders.Plan(
+            "joint", sites=tuple(sites), held_out=others, overlays=False, num_rounds=2
+        )
+        folders.write_run(folder / name, plan)
+        rows = [
+            {"round": 2, "split": "test", "site": site, "case_id": f"c{index}",
+             "class": "gland", "dice": dice + index / 100, "status": "ok"}
+            for site, dice in sites.items()
+            for index in range(4 if site == only else 6)
+        ]  # fmt: skip
+        folders.write_rows(folder / name / "cases.csv", tuple(rows[0]), rows)
+        runs.append({"strategy": "joint", "seed": 0, "trained_on": only,
+                     "held_out": None, "folder": name})  # fmt: skip
+    (folder / "compare.json").write_text(json.dumps({"study": "x", "runs": runs}))
+    return folder
+
+
+def test_claims_about_the_diagonal_of_a_cross_site_table(tmp_path: Path) -> None:
+    level = {"a": {"a": 0.9, "b": 0.5, "c": 0.6},
+             "b": {"a": 0.7, "b": 0.8, "c": 0.4},
+             "c": {"a": 0.3, "b": 0.6, "c": 0.7}}  # fmt: skip
+    comparison = read_comparison(_cross_site(tmp_path, level=level))
+    own, other = "joint (own site alone)", "joint (one other site alone)"
+    whole, at_a = planned_tests(comparison, [(own, other, ""), (own, other, "a")])
+    assert at_a.difference == pytest.approx(0.9 - (0.7 + 0.3) / 2)
+    expected = (0.9 - 0.5 + 0.8 - 0.55 + 0.7 - 0.5) / 3
+    assert whole.difference == pytest.approx(expected)
+    # On the cases that both have: those of each site's own test split.
+    assert (whole.num_cases, at_a.num_cases) == (12, 4)
 
 
 def test_unseen_rows_meet_unseen_rows(tmp_path: Path) -> None:
