@@ -15,6 +15,7 @@ import torch
 from fedmed.errors import ConfigError, FedMedError, ResumeError
 from fedmed.join import Joined
 from fedmed.message import SiteId
+from fedmed.profile import check_profile
 from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
 from fedmed.spelling import did_you_mean
@@ -36,6 +37,7 @@ def check_choices(study: Study) -> None:
     _check_loss(study)
     _check_device(study)
     _check_norm(study)
+    check_profile(study.to_dict())
     if study.transport.name != "deployment":
         _check_files(study)
     # The server half of a strategy reaches this function and may never open a scan.

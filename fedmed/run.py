@@ -30,6 +30,7 @@ from fedmed.preflight import (
     require_public,
     settle,
 )
+from fedmed.profile import profile_of
 from fedmed.resolve import load_strategy, require_own_packages
 from fedmed.runfolder import (
     CLASSIFICATION_COLUMNS,
@@ -345,6 +346,7 @@ def _finish(
         "strategy": study.strategy.name,
         "seed": study.seed,
         "rounds": server.round,
+        "profile": profile_of(study.to_dict()).name,
         **summarise(
             folder.cases_file,
             joined.task.kind,

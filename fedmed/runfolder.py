@@ -25,12 +25,12 @@ from fedmed.message import SiteId
 from fedmed.storage import write_atomic
 
 SEGMENTATION_COLUMNS = (
-    "round", "split", "site", "case_id", "class", "dice", "assd_mm",
+    "round", "split", "site", "case_id", "subject_id", "class", "dice", "assd_mm",
     "asd_mm_pred2gt", "asd_mm_gt2pred", "hd95_mm", "volume_ml_prediction",
     "volume_ml_label", "status",
 )  # fmt: skip
 CLASSIFICATION_COLUMNS = (
-    "round", "split", "site", "case_id", "label", "prediction", "score",
+    "round", "split", "site", "case_id", "subject_id", "label", "prediction", "score",
 )  # fmt: skip
 
 

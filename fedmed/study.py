@@ -246,6 +246,12 @@ class EvaluateSection(Section):
         unseen: What a method with normalisation per site does at a held-out site. The
             first rule gives the result; others are reported beside it, in unseen.csv.
             All but "adabn" ask the training sites once for their normalisation.
+        profile: "strict", or "legacy": all three that follow, as the public code of
+            several publications does; see `fedmed.profile`.
+        skip_end_slices: Predict neither the first nor the last slice.
+        oracle_slice_range: Let predictions count only where the label shows an organ.
+        bn_at_test: Batch normalisation by what was learned ("running"), or by each
+            test slice's own statistics ("batch1").
     """
 
     every: int = Field(1, ge=1)
@@ -254,6 +260,22 @@ class EvaluateSection(Section):
     overlays: int = Field(3, ge=0, le=3)
     statistics: Literal["kept", "recalibrated"] = "kept"
     unseen: tuple[UnseenRule, ...] = Field(("adabn",), min_length=1)
+    profile: Literal["strict", "legacy"] = "strict"
+    skip_end_slices: bool | None = None
+    oracle_slice_range: bool | None = None
+    bn_at_test: Literal["running", "batch1"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _selects_on_no_test_set(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "best_on_target" in given:
+            raise ValueError(
+                "best_on_target picks the checkpoint by the scores that it reports, "
+                "which is selection on the test set: its numbers say nothing about "
+                "new patients. The last round is reported, and the best one by "
+                "validation at the sites that trained is kept"
+            )
+        return given
 
     @field_validator("unseen")
     @classmethod

@@ -21,6 +21,7 @@ from fedmed.imaging.preprocess import restore
 from fedmed.message import State
 from fedmed.metrics.case_scores import score_case
 from fedmed.metrics.largest_component import largest_component
+from fedmed.profile import Profile, profile_of
 from fedmed.strategy import Private
 from fedmed.training.examples import is_class
 from fedmed.training.predict import predict_case
@@ -32,6 +33,7 @@ from sites.calibration import (
 )
 from sites.context import HospitalContext, Workbench
 from sites.data import AnyCase, SliceView
+from sites.legacy import cut, own_statistics
 
 MAX_HELPERS = 4
 """Threads that score beside the network; more would have nothing to do."""
@@ -281,17 +283,23 @@ def _is_labelled(case: AnyCase) -> bool:
 
 def _predict(bench: Workbench, model: nn.Module, case: AnyCase) -> np.ndarray:
     section = bench.study.model
-    return predict_case(
-        model,
-        case,
-        site=bench.site_id,
-        mode=section.mode,
-        num_slices=section.slices,
-        batch_size=bench.study.evaluate.batch_size,
-        patch_size=section.patch_size,
-        device=bench.trainer.device,
-        precision=bench.trainer.precision,
-    )
+    alone = _profile(bench).batch1_at_test
+    with own_statistics(model) if alone else contextlib.nullcontext():
+        return predict_case(
+            model,
+            case,
+            site=bench.site_id,
+            mode=section.mode,
+            num_slices=section.slices,
+            batch_size=1 if alone else bench.study.evaluate.batch_size,
+            patch_size=section.patch_size,
+            device=bench.trainer.device,
+            precision=bench.trainer.precision,
+        )
+
+
+def _profile(bench: Workbench) -> Profile:
+    return profile_of({"evaluate": bench.study.evaluate.model_dump()})
 
 
 def _score_views(
@@ -304,11 +312,17 @@ def _score_views(
     if bench.task.kind == "classification":
         return [(_classified(case, probabilities), None) for _, case in views]
     prediction = restore(probabilities, _whole(views[0][1]))
-    if bench.study.evaluate.largest_component:
+    profile = _profile(bench)
+    largest = bench.study.evaluate.largest_component
+    if largest and not profile.cuts:
         prediction = largest_component(prediction)
     scored: list[Scored] = []
     for split, case in views:
-        rows = _segmented(case, prediction, bench.task.class_names)
+        label_IJK, counted = case.label_native_IJK, prediction
+        if profile.cuts and label_IJK is not None:
+            counted = cut(prediction, label_IJK, profile)
+            counted = largest_component(counted) if largest else counted
+        rows = _segmented(case, counted, bench.task.class_names)
         is_shown = bool(rows) and split == pictured
         scored.append((rows, _picture(case, probabilities) if is_shown else None))
     return scored
@@ -330,6 +344,7 @@ def _segmented(
     return [
         {
             "case_id": case.case_id,
+            "subject_id": case.subject_id,
             "class": score.class_name,
             **{name: getattr(score, name) for name in COLUMNS},
         }
@@ -345,6 +360,7 @@ def _classified(case: AnyCase, probabilities: np.ndarray) -> list[Row]:
     score = flat[1] if flat.size == 2 else flat.max()
     row = {
         "case_id": case.case_id,
+        "subject_id": case.subject_id,
         "label": int(label),
         "prediction": int(flat.argmax()),
         "score": float(score),

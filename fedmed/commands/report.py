@@ -41,7 +41,7 @@ def tell(folder: Path, page: Path, record: Mapping[str, Any], *, as_json: bool) 
         typer.echo(json.dumps(known))
         return
     print_table(
-        f"{table.name}: {table.score_name}",
+        table.title,
         table.header,
         table.text_rows(),
         table.notes,

@@ -194,6 +194,7 @@ def json_record(result: RunResult, page: Path | None) -> dict[str, Any]:
         "strategy": summary["strategy"],
         "seed": summary["seed"],
         "rounds": summary["rounds"],
+        "profile": summary["profile"],
         "split": summary["split"],
         "metrics": summary["sites"],
         "overall": summary["overall"],
@@ -235,7 +236,8 @@ def _print_summary(result: RunResult, page: Path | None) -> None:
         )
         if name in summary["overall"]
     ]
-    table = Table(title=f"{summary['strategy']}, {summary['split']} cases")
+    title = f"{summary['strategy']}, {summary['split']} cases"
+    table = Table(title=f"{title}, profile {summary['profile']}")
     table.add_column("site")
     for name in names:
         table.add_column(name, justify="right")

@@ -220,7 +220,8 @@ def side_by_side(comparison: Comparison, table: Table) -> SideBySide | None:
     source = read_published(str(section["published"]))
     sites = _sites_of(source, table.sites, section.get("columns") or {})
     dataset = str((study.get("sites") or {}).get("dataset", "the study's data"))
-    ours = f"measured on {'phantoms' if dataset == 'phantom' else dataset}"
+    where = "phantoms" if dataset == "phantom" else dataset
+    ours = f"measured on {where}, profile {table.profile}"
     return SideBySide(source, ours, sites, _paired(source.rows, table.rows))
 
 

@@ -21,7 +21,10 @@ def results_grid(table: Table) -> Grid:
     sites = [_site_title(site, table) for site in table.sites]
     gain = ["Gain over alone"] if has_gain else []
     header = ("Strategy", *sites, "Overall", "Worst site", *gain, "Seeds")
-    caption = f"{table.score_name} in per cent, mean ± standard deviation over cases"
+    caption = (
+        f"{table.score_name} in per cent, mean ± standard deviation over cases; "
+        f"profile {table.profile}"
+    )
     return Grid(caption, header, rows)
 
 
@@ -36,7 +39,9 @@ def distances_grid(table: Table) -> Grid | None:
         totals = (_distance_box(row.overall), Box(missed(row)), false_alarms)
         rows.append((Box(row.label), *cells, *totals))
     header = ("Strategy", *table.sites, "Overall", "Organs missed", "False alarms")
-    caption = "Surface distances in mm: ASD, and below it HD95"
+    caption = (
+        f"Surface distances in mm: ASD, and below it HD95; profile {table.profile}"
+    )
     return Grid(caption, header, tuple(rows))
 
 
@@ -55,7 +60,10 @@ def classes_grid(comparison: Comparison, table: Table) -> Grid | None:
         return None
     what = "Dice" if table.kind == "segmentation" else "Share of cases recognised"
     header = ("Strategy", "Class", *table.sites)
-    caption = f"{what} by class, per cent, mean ± standard deviation over cases"
+    caption = (
+        f"{what} by class, per cent, mean ± standard deviation over cases; "
+        f"profile {table.profile}"
+    )
     return Grid(caption, header, tuple(rows), num_text=2)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from fedmed.errors import StorageError, UsageError
+from fedmed.profile import profile_of
 
 LOCK_FILE = "study.lock.yaml"
 ROUNDS_FILE = "rounds.jsonl"
@@ -56,6 +57,11 @@ class Run:
         """Name of the strategy as the study gives it."""
         value = self.study.get("strategy") or {}
         return str(value.get("name", "?") if isinstance(value, Mapping) else value)
+
+    @property
+    def profile(self) -> str:
+        """How it was evaluated; see `fedmed.profile`."""
+        return profile_of(self.study).name
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -118,6 +124,11 @@ class Comparison:
     def title(self) -> str:
         """Title of the study, or its name where it has none."""
         return str(self.entries[0].run.study.get("title") or self.name)
+
+    @property
+    def profile(self) -> str:
+        """How all runs were evaluated; several names if they differ."""
+        return " / ".join(dict.fromkeys(entry.run.profile for entry in self.entries))
 
     @property
     def divides_slices(self) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmed.profile import STRICT
 from fedmed.report.rows import ALONE, Cell, Row, make_rows
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.wording import NO_VALUE, listing, number, percent, signed_points
@@ -30,6 +31,7 @@ class Table:
         sites: Columns, sorted.
         rows: One a strategy, in the order they were compared.
         notes: Sentences to print below the table.
+        profile: How cases were evaluated; see `fedmed.profile`.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Table:
     sites: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    profile: str = "strict"
+
+    @property
+    def title(self) -> str:
+        """What the numbers are."""
+        return f"{self.name}: {self.score_name}, profile {self.profile}"
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -63,6 +71,7 @@ class Table:
             "study": self.name,
             "kind": self.kind,
             "score": self.score_name,
+            "profile": self.profile,
             "sites": list(self.sites),
             "rows": [_row_dict(row) for row in self.rows],
             "notes": list(self.notes),
@@ -111,8 +120,9 @@ def make_table(comparison: Comparison) -> Table:
     sites = sorted({site for row in rows for site in row.cells})
     kind = comparison.kind
     score_name = "Balanced accuracy" if kind == "classification" else "Dice"
-    notes = _notes(rows, sites)
-    return Table(comparison.name, kind, score_name, tuple(sites), rows, notes)
+    profile = comparison.profile
+    notes = (*_notes(rows, sites), *_profile_notes(profile))
+    return Table(comparison.name, kind, score_name, tuple(sites), rows, notes, profile)
 
 
 def percent_with_spread(cell: Cell | None) -> str:
@@ -127,6 +137,16 @@ def percent_with_spread(cell: Cell | None) -> str:
 def missed(row: Row) -> str:
     """Print how many organs were missed at all sites, of how many."""
     return f"{row.num_missed} of {row.num_organs}" if row.num_organs else NO_VALUE
+
+
+def _profile_notes(profile: str) -> tuple[str, ...]:
+    if profile == STRICT:
+        return ()
+    more = " Runs of different profiles stand side by side." if "/" in profile else ""
+    return (
+        f"Evaluated by the profile {profile}, as the code of older publications does: "
+        f"not what a hospital would see.{more}",
+    )
 
 
 def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:

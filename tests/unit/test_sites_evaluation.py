@@ -80,7 +80,11 @@ def test_rows_are_the_scores_of_the_restored_prediction(cache):
                 class_names=dict(enumerate(bench.task.class_names)),
             ):
                 values = {name: getattr(score, name) for name in COLUMNS}
-                names = {"case_id": case.case_id, "class": score.class_name}
+                names = {
+                    "case_id": case.case_id,
+                    "subject_id": case.subject_id,
+                    "class": score.class_name,
+                }
                 expected.append({"split": split, **names, **values})
     assert len(rows) >= 4
     for row, wanted in zip(rows, expected, strict=True):
