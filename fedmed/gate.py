@@ -48,7 +48,8 @@ class Expectation:
             from which an update by weights is measured.
         registered: Training examples each site registered with.
         norm_factor: An update is refused if its L2 norm exceeds this many times the
-            median of the other sites'; None = not checked.
+            median of the other sites'; None = not checked. Where sites play different
+            parts (`alike` is False), their norms say nothing about each other.
         max_norm: The same as an absolute number; None = not checked.
         kinds: Kinds that may come.
         alike: All sites send the same names and shapes; what most of them send is
@@ -108,7 +109,7 @@ def screen(
     if expectation.alike:
         refused |= _unlike(accepted)
     accepted = {s: m for s, m in accepted.items() if s not in refused}
-    if expectation.norm_factor is not None:
+    if expectation.norm_factor is not None and expectation.alike:
         refused |= _outsized(accepted, expectation, expectation.norm_factor)
     accepted = {s: m for s, m in accepted.items() if s not in refused}
     return accepted, dict(sorted(refused.items()))

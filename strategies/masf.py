@@ -296,12 +296,14 @@ class MASF(Strategy):
             told = weighted_states(states_of(replies, "state"), weights)
         metas: Replies = {}
         if _has_both(episode, told):
-            metas = yield cohort.select(tuple(told)).ask(
+            request = cohort.select(tuple(told)).ask(
                 self.meta_gradient,
                 weights=ahead.shared,
                 index=index,
                 by_site=self._second_half(told, episode, weights),
             )
+            # A site that shares no class with the others has next to no gradient.
+            metas = yield request.expecting(alike=False)
         meta = sum_of_parts(states_of(metas, "state")) if metas else None
         server = self._update.apply(server, task, meta)
         buffers = {**states_of(tasks, "buffers"), **states_of(metas, "buffers")}
