@@ -20,6 +20,8 @@ from fedmed.message import Message, State
 
 CLASS_STATISTIC = "class_statistic"
 """Name in `extra` of a `ClassStatistic` that travels with weights."""
+AMPLITUDE_STATISTIC = "amplitude_statistic"
+"""The same of an `AmplitudeStatistic`."""
 
 _SEPARATOR = "/"
 
@@ -44,8 +46,9 @@ class Weights(Payload):
     Attributes:
         state: Shared entries only.
         extra: Named further states, e.g. SCAFFOLD's change of control variate. What is
-            named `CLASS_STATISTIC` is one: a policy checks the reply as both kinds.
-        min_count: As of a `ClassStatistic`, of the one in `extra`.
+            named `CLASS_STATISTIC` is one (`AMPLITUDE_STATISTIC` likewise): a policy
+            checks the reply as both kinds.
+        min_count: As of the statistic in `extra`.
     """
 
     state: State = field(default_factory=dict)
@@ -88,9 +91,15 @@ class Embedding(Payload):
 
 @dataclass(frozen=True)
 class AmplitudeStatistic(Payload):
-    """Low-frequency amplitude statistics of a site's images."""
+    """Low-frequency amplitude statistics of a site's images.
+
+    Attributes:
+        state: Named arrays; their size depends on the number of frequencies.
+        min_count: The smallest number of images behind one of the numbers.
+    """
 
     state: State = field(default_factory=dict)
+    min_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,12 @@ KINDS: Mapping[str, type[Payload]] = {
 """Every kind of payload by its name; a policy names them."""
 
 
+_CARRIED = {
+    CLASS_STATISTIC: "ClassStatistic",
+    AMPLITUDE_STATISTIC: "AmplitudeStatistic",
+}
+
+
 def kinds_in(message: Message) -> tuple[str, ...]:
     """Name every kind of payload that a message carries, its own first.
 
@@ -160,9 +175,12 @@ def kinds_in(message: Message) -> tuple[str, ...]:
         >>> kinds_in(to_message(Weights(extra=told)))
         ('Weights', 'ClassStatistic')
     """
-    start = f"extra/{CLASS_STATISTIC}/"
-    carries = any(name.startswith(start) for name in message.tensors)
-    return (message.kind, *(["ClassStatistic"] if carries else []))
+    carried = [
+        kind
+        for extra, kind in _CARRIED.items()
+        if any(name.startswith(f"extra/{extra}/") for name in message.tensors)
+    ]
+    return (message.kind, *carried)
 
 
 def _flatten(prefix: str, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -336,6 +336,7 @@ class Strategy(abc.ABC):
     Class attributes:
         paper: Citation.
         exchanges: Number of exchanges per step and per round, by `sync`.
+        first_round_exchanges: How many more in the first round, for what is told once.
         exact: Whether `sync: step` equals the pooled method to rounding.
         leaves_site: Kinds and contents of what leaves.
         kept_by_site: What stays.
@@ -353,6 +354,7 @@ class Strategy(abc.ABC):
 
     paper: ClassVar[str]
     exchanges: ClassVar[Mapping[Sync, int]]
+    first_round_exchanges: ClassVar[Mapping[Sync, int]] = {}
     exact: ClassVar[bool] = False
     leaves_site: ClassVar[tuple[str, ...]]
     kept_by_site: ClassVar[tuple[str, ...]] = ()

@@ -4,7 +4,8 @@ The server can neither read nor change it. `policy.yaml`, every key:
 
     allowed_kinds: [Card, Metrics, Weights, Gradient]   # required; see fedmed.payload
     min_count: 100            # voxels or cases behind every class of a ClassStatistic,
-                              # also of one that travels with Weights
+                              # images behind an AmplitudeStatistic, also of those
+                              # that travel with Weights
     max_update_norm: 50.0     # L2 norm of all floating tensors of one message
     max_message_bytes: 500000000
     max_rounds: 200           # nothing but Card leaves in a later round
@@ -44,7 +45,7 @@ from sites.case_names import CaseNames
 
 _NOISED_KINDS = frozenset({"Weights", "Gradient"})
 _SILENT_KINDS = frozenset({"Card", "Metrics"})
-_COUNTED_KINDS = frozenset({"ClassStatistic"})
+_COUNTED_KINDS = frozenset({"ClassStatistic", "AmplitudeStatistic"})
 _VARIANCE = "running_var"
 _LEAST_VARIANCE = 1e-5
 
@@ -216,7 +217,7 @@ def _check_counts(policy: Policy, message: Message) -> None:
     count = message.header.get("min_count", 0)
     if not isinstance(count, int) or count < policy.min_count:
         raise _refuse(
-            message, "min_count", f"{count} behind a class; at least {policy.min_count}"
+            message, "min_count", f"{count} behind one; at least {policy.min_count}"
         )
 
 

@@ -25,6 +25,7 @@ def describe(name: str, cls: type[Strategy]) -> dict[str, Any]:
         "paper": cls.paper,
         "exchanges_per_step": cls.exchanges.get("step"),
         "exchanges_per_round": cls.exchanges.get("round"),
+        "first_round_exchanges": dict(cls.first_round_exchanges),
         "sync": list(cls.syncs),
         "exact": cls.exact,
         "leaves_site": list(cls.leaves_site),

@@ -111,8 +111,10 @@ def test_defaults_run_at_the_price_that_is_stated(name, sync):
     assert [record["round"] for record in result.rounds] == [1, 2]
     stated = CLASSES[name].exchanges[sync]
     prices = (stated, CHEAPER_LATER.get((name, sync), stated))
+    once = CLASSES[name].first_round_exchanges.get(sync, 0)
     for record, price in zip(result.rounds, prices, strict=True):
         per_round = price * (2 if sync == "step" else 1)
+        per_round += once if record["round"] == 1 else 0
         assert tuple(record["answered"]) == sites_of(name)
         # The end of a round is an exchange where sites evaluate or file something.
         assert record["exchanges"] - per_round in (0, 1)
@@ -157,7 +159,8 @@ def test_only_declared_kinds_leave_and_only_shared_entries(name, sync):
     shared = set(result.shared)
     model_kinds = [m for m in replies if m.kind in {"Weights", "Gradient"}]
     names = {name.split("/", 1)[1] for m in model_kinds for name in m.tensors}
-    extra = ("control/", "class_statistic/", "signs/", "site_classifier/")
+    statistics = ("class_statistic/", "amplitude_statistic/")
+    extra = ("control/", "signs/", "site_classifier/", *statistics)
     assert {n for n in names if not n.startswith(extra)} <= shared
 
 
