@@ -95,10 +95,8 @@ def _require_same_public(public: Card | None, real: Mapping[SiteId, Card]) -> No
     """Predictions of other images could not be averaged."""
     if public is None:
         return
-    copies = {
-        site: card.values.get("public_fingerprint") for site, card in real.items()
-    }
-    wanted = public.values.get("data_fingerprint")
+    wanted = public.values.get("public_fingerprint")
+    copies = {s: card.values.get("public_fingerprint") for s, card in real.items()}
     odd = [site for site, copy in sorted(copies.items()) if copy and copy != wanted]
     if odd:
         raise DataError(

@@ -327,19 +327,27 @@ class Workbench:
             live = {n: t.detach() for n, t in model.state_dict().items()}
         return {name: lazy_clone(live[name].cpu()) for name in names}
 
-    def _data_fingerprint(self, data: SiteData) -> str:
+    def _data_fingerprint(self) -> str:
         """One hash of all images and labels, and of who is in which split."""
         lines = [
             f"{split}/{case.case_id}/{case.content}"
-            for split, cases in data.splits.items()
+            for split, cases in self.data.splits.items()
             for case in cases
         ]
         return self._salted("\n".join(sorted(lines)))
 
     def _public_fingerprint(self) -> str:
-        """Hash of this hospital's copy of the public images; "" if it needs none."""
-        public = self.workshop.public if self.strategy.copies_public else None
-        return "" if public is None else self._data_fingerprint(public)
+        """Hash of the public images that are here, not of labels; "" if none are."""
+        has_copy = self.is_public or self.strategy.copies_public
+        public = self.workshop.public if has_copy else None
+        if public is None:
+            return ""
+        lines = [
+            # Rows of a table have no fingerprint: two may well be equal.
+            f"{case.case_id}/{case.fingerprint or case.content}"
+            for case in public.splits[PUBLIC]
+        ]
+        return self._salted("\n".join(sorted(lines)))
 
     def _salted(self, fingerprint: str) -> str:
         """Hash that only sites of the same study can compare."""
@@ -371,7 +379,7 @@ class Workbench:
             "num_cases": self.data.num_cases,
             "num_cut": sum(share > CUT_LIMIT for share in self._cut_shares),
             "largest_cut": round(max(self._cut_shares, default=0.0), 2),
-            "data_fingerprint": self._data_fingerprint(self.data),
+            "data_fingerprint": self._data_fingerprint(),
             "public_fingerprint": self._public_fingerprint(),
             "fingerprints": sorted(map(self._salted, self.data.fingerprints.values())),
         }

@@ -47,6 +47,7 @@ def open_sites(
     alike: bool = False,
     backwards: bool = False,
     with_public: bool = False,
+    public_copies: bool = False,
 ) -> tuple[SourceSite, ...]:
     """List the hospitals.
 
@@ -57,11 +58,15 @@ def open_sites(
         alike: Every hospital has the same cases, up to a feature too small to count.
         backwards: List the hospitals in the other order.
         with_public: List one more, whose images everybody may see; of one size.
+        public_copies: It has the images of hospital c.
     """
     names = sorted(NUM_CASES, reverse=backwards)
     hospitals = [_site(name, kind=kind, size=size, alike=alike) for name in names]
     if with_public:
-        hospitals.append(_site(PUBLIC, kind=kind, size=PUBLIC_SIZE, alike=False))
+        public = _site(PUBLIC, kind=kind, size=PUBLIC_SIZE, alike=False)
+        copied = _site("c", kind=kind, size=size, alike=False).cases
+        cases = copied if public_copies else public.cases
+        hospitals.append(SourceSite(PUBLIC, public.card, cases))
     return tuple(hospitals)
 
 
