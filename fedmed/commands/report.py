@@ -12,6 +12,7 @@ import typer
 from fedmed.report.published import side_by_side
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.tables import make_table
+from fedmed.report.transfer import transfer_table
 
 
 def report_command(folder: Path, *, as_json: bool) -> None:
@@ -34,10 +35,13 @@ def tell(folder: Path, page: Path, record: Mapping[str, Any], *, as_json: bool) 
     comparison = read_comparison(folder)
     table = make_table(comparison)
     published = side_by_side(comparison, table)
+    transfer = transfer_table(table)
     if as_json:
         known = {**record, "report": str(page), "table": table.as_dict()}
         if published is not None:
             known["published"] = published.as_dict()
+        if transfer is not None:
+            known["transfer"] = transfer.as_dict()
         typer.echo(json.dumps(known))
         return
     print_table(
@@ -46,6 +50,9 @@ def tell(folder: Path, page: Path, record: Mapping[str, Any], *, as_json: bool) 
         table.text_rows(),
         table.notes,
     )
+    if transfer is not None:
+        title, notes = transfer.title, transfer.notes
+        print_table(title, transfer.header, transfer.text_rows(), notes)
     if published is not None:
         title = published.source.title
         print_table(title, published.header, published.text_rows(), published.marks)

@@ -17,7 +17,7 @@ import yaml
 
 from fedmed.errors import ConfigError
 from fedmed.report.grid import Box, Grid
-from fedmed.report.rows import Cell, Row
+from fedmed.report.rows import ALONE, Cell, Row
 from fedmed.report.run_folder import Comparison
 from fedmed.report.tables import Table, percent_with_spread
 from fedmed.report.wording import NO_VALUE, number
@@ -35,12 +35,14 @@ class PublishedRow:
         strategy: Our strategy of the same method; "" if there is none.
         cells: Column -> the numbers printed there, in the order of `values`.
         overall: Those of the last column.
+        trained_on: The column of the only site trained on, "" if there were more.
     """
 
     method: str
     strategy: str
     cells: Mapping[str, tuple[float, ...]]
     overall: tuple[float, ...]
+    trained_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class PublishedTable:
         data: The publication's patients.
         score: "Dice", in per cent.
         values: What the numbers of a cell are: "mean", then "std" or "asd_mm".
-        columns: Names of the columns.
-        overall: Name of the last column.
+        columns: Names of the columns: the sites tested.
+        overall: Name of the last column; "" if the publication has none.
         rows: In the publication's order.
+        unseen: Whether sites were tested by models that never saw them.
+        sites_down: Printed with the sites downwards and the methods across.
     """
 
     title: str
@@ -66,6 +70,17 @@ class PublishedTable:
     columns: tuple[str, ...]
     overall: str
     rows: tuple[PublishedRow, ...]
+    unseen: bool = False
+    sites_down: bool = False
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """The columns, and the last one if there is one."""
+        return (*self.columns, self.overall) if self.overall else self.columns
+
+
+Pair = tuple[str, str]
+"""A number of ours and a published one, as texts."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +102,9 @@ class SideBySide:
     @property
     def header(self) -> tuple[str, ...]:
         """Column titles of `text_rows`: each column twice, ours first."""
-        titles = (*self.source.columns, self.source.overall)
+        corner, *titles = self._layout()[0]
         pairs = [(f"{t} here", f"{t} published") for t in titles]
-        return ("Method", *(word for pair in pairs for word in pair))
+        return (corner, *(word for pair in pairs for word in pair))
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -100,32 +115,37 @@ class SideBySide:
             "deviation over cases, averaged over seeds.",
             f"published: other data, not measured with this software. "
             f"{self.source.citation}. {self.source.data}.",
-            f"{self.source.overall} is the unweighted mean over the columns. Numbers "
-            "here and published are of different patients: compare orders of rows, "
-            "not heights.",
+            "Numbers here and published are of different patients: compare orders of "
+            "methods, not heights.",
         ]
+        if self.source.overall:
+            last = f"{self.source.overall} is the unweighted mean over the columns."
+            notes.append(last)
         if missing:
             notes.append(f"No site of this study stands for {', '.join(missing)}.")
         return tuple(notes)
 
     def text_rows(self) -> tuple[tuple[str, ...], ...]:
         """Give every row as text, as long as `header`."""
-        return tuple(self._text_row(*row) for row in self.rows)
+        return tuple(
+            (name, *(text for pair in pairs for text in pair))
+            for name, pairs in self._layout()[1]
+        )
 
     def grid(self) -> Grid:
         """Lay the table out: our number, and the published one below it."""
-        header = ("Method", *self.source.columns, self.source.overall)
         caption = (
             f"{self.source.title}. Above: {self.ours}. Below, small: published, "
             "other data"
         )
+        header, body = self._layout()
         rows = []
-        for method, *pairs in self.text_rows():
+        for name, pairs in body:
             boxes = [
                 Box(ours, "" if theirs == NO_VALUE else f"published {theirs}")
-                for ours, theirs in zip(pairs[::2], pairs[1::2], strict=True)
+                for ours, theirs in pairs
             ]
-            rows.append((Box(method), *boxes))
+            rows.append((Box(name), *boxes))
         return Grid(caption, header, tuple(rows))
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,18 +156,32 @@ class SideBySide:
             "notes": list(self.marks),
         }
 
-    def _text_row(
-        self, method: str, ours: Row | None, theirs: PublishedRow | None
-    ) -> tuple[str, ...]:
-        cells = []
+    def _layout(self) -> tuple[tuple[str, ...], tuple[tuple[str, list[Pair]], ...]]:
+        """Give header and rows, with methods or sites downwards as published."""
+        titles = self.source.titles
+        rows = [
+            (method, self._pairs(ours, theirs)) for method, ours, theirs in self.rows
+        ]
+        if not self.source.sites_down:
+            return ("Method", *titles), tuple(rows)
+        across = tuple(
+            (title, [pairs[place] for _, pairs in rows])
+            for place, title in enumerate(titles)
+        )
+        return ("Tested on", *(method for method, _ in rows)), across
+
+    def _pairs(self, ours: Row | None, theirs: PublishedRow | None) -> list[Pair]:
+        found = []
         for column in self.source.columns:
             site = self.sites.get(column)
             cell = None if ours is None or site is None else ours.cells.get(site)
-            found = () if theirs is None else theirs.cells.get(column, ())
-            cells += [self._ours(cell), self._theirs(found)]
-        overall = None if ours is None else ours.overall
-        found = () if theirs is None else theirs.overall
-        return (method, *cells, self._ours(overall), self._theirs(found))
+            printed = () if theirs is None else theirs.cells.get(column, ())
+            found.append((self._ours(cell), self._theirs(printed)))
+        if self.source.overall:
+            cell = None if ours is None else ours.overall
+            printed = () if theirs is None else theirs.overall
+            found.append((self._ours(cell), self._theirs(printed)))
+        return found
 
     def _ours(self, cell: Cell | None) -> str:
         if cell is None or "asd_mm" not in self.source.values:
@@ -194,8 +228,10 @@ def read_published(name: str) -> PublishedTable:
         content["score"],
         tuple(content["values"]),
         columns,
-        content["overall"],
+        content.get("overall", ""),
         tuple(_row(row, columns) for row in content["rows"]),
+        bool(content.get("unseen")),
+        bool(content.get("sites_down")),
     )
 
 
@@ -222,13 +258,14 @@ def side_by_side(comparison: Comparison, table: Table) -> SideBySide | None:
     dataset = str((study.get("sites") or {}).get("dataset", "the study's data"))
     where = "phantoms" if dataset == "phantom" else dataset
     ours = f"measured on {where}, profile {table.profile}"
-    return SideBySide(source, ours, sites, _paired(source.rows, table.rows))
+    return SideBySide(source, ours, sites, _paired(source, sites, table.rows))
 
 
 def _row(row: Mapping[str, Any], columns: Sequence[str]) -> PublishedRow:
-    cells = {name: tuple(map(float, row[name])) for name in columns if name in row}
-    overall = tuple(map(float, row.get("overall", ())))
-    return PublishedRow(row["method"], row.get("strategy", ""), cells, overall)
+    cells = {name: tuple(map(float, row[name])) for name in columns if row.get(name)}
+    overall = tuple(map(float, row.get("overall") or ()))
+    only = row.get("trained_on", "")
+    return PublishedRow(row["method"], row.get("strategy", ""), cells, overall, only)
 
 
 def _sites_of(
@@ -248,23 +285,40 @@ def _sites_of(
 
 
 def _paired(
-    published: Sequence[PublishedRow], ours: Sequence[Row]
+    source: PublishedTable, sites: Mapping[str, str], ours: Sequence[Row]
 ) -> tuple[tuple[str, Row | None, PublishedRow | None], ...]:
-    """Pair rows by strategy, in the publication's order; then what only we have."""
+    """Pair rows by method, in the publication's order; then what only we have."""
     left = [row for row in ours if math.isfinite(row.overall.mean)]
     pairs: list[tuple[str, Row | None, PublishedRow | None]] = []
-    for theirs in published:
-        found = _match(theirs, left)
+    for theirs in source.rows:
+        found = _match(theirs, left, sites=sites, unseen=source.unseen)
         if found is not None:
             left.remove(found)
         pairs.append((theirs.method, found, theirs))
     return (*pairs, *((row.label, row, None) for row in left))
 
 
-def _match(theirs: PublishedRow, rows: Sequence[Row]) -> Row | None:
-    """Prefer a strategy without options in brackets; then the first with some."""
+def _match(
+    theirs: PublishedRow,
+    rows: Sequence[Row],
+    *,
+    sites: Mapping[str, str],
+    unseen: bool,
+) -> Row | None:
+    """Find our row of a published one: trained at the same sites, tested alike.
+
+    A strategy with options in brackets is meant with just these; of one without, that
+    without options is preferred, then the first with some.
+    """
     if not theirs.strategy:
         return None
-    same = [r for r in rows if r.strategy.partition("[")[0] == theirs.strategy]
+    only = sites.get(theirs.trained_on, "none") if theirs.trained_on else None
+    same = [
+        row
+        for row in rows
+        if row.trained_on == only
+        and theirs.strategy in {row.strategy, row.strategy.partition("[")[0]}
+        and (only or row.is_left_out == unseen or row.strategy == ALONE)
+    ]
     same.sort(key=lambda row: "[" in row.strategy)
     return same[0] if same else None
