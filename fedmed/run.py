@@ -41,7 +41,7 @@ from fedmed.runfolder import (
 from fedmed.storage import RunLock, remove_leftovers, write_atomic, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
 from fedmed.study import Study
-from fedmed.summary import score_rows, summarise
+from fedmed.summary import score_rows, summarise, summarise_unseen
 from fedmed.task import Task, build_model, build_optimizer
 from fedmed.transports.transport import HostSpec, Transport
 
@@ -355,5 +355,12 @@ def _finish(
             records=folder.read_rounds(),
         ),
     }
+    statistics = {e.name for e in server.entries if e.role == "norm_statistic"}
+    if statistics.intersection(server.partition.kept):
+        summary["statistics"] = study.evaluate.statistics
+    kind = joined.task.kind
+    by_rule = summarise_unseen(folder.unseen_file, kind, rounds=server.round)
+    if by_rule:
+        summary["unseen"] = by_rule
     folder.write_summary(summary)
     return RunResult(folder.path, summary)

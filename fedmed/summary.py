@@ -75,6 +75,27 @@ def summarise(
     }
 
 
+def summarise_unseen(
+    unseen_file: Path, kind: str, *, rounds: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Summarise what held-out sites got by each rule: rule -> site -> numbers.
+
+    Args:
+        unseen_file: As the engine wrote it, or not there.
+        kind: As in `summarise`.
+        rounds: Number of the last round.
+    """
+    describe = _classified if kind == "classification" else _segmented
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in _last_rows(unseen_file, rounds):
+        by_site = found.setdefault(row["rule"], {})
+        by_site.setdefault(row["site"], []).append(row)
+    return {
+        rule: {site: describe(by_site[site]) for site in sorted(by_site)}
+        for rule, by_site in found.items()
+    }
+
+
 def _problems(records: Sequence[Mapping[str, Any]], rounds: int) -> dict[str, str]:
     """Why sites failed or were refused in the last round."""
     last = [record for record in records if record["round"] == rounds]

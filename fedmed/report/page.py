@@ -18,6 +18,7 @@ from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.significance import choose_reference, paired_tests
 from fedmed.report.tables import Table, make_table
 from fedmed.report.template import PAGE
+from fedmed.report.unseen import statistics_note, unseen_table
 
 REPORT_FILE = "report.html"
 
@@ -93,6 +94,8 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "published": published.grid() if published else None,
         "published_notes": published.marks if published else (),
         "classes": result_grids.classes_grid(comparison, table),
+        "unseen": unseen_table(comparison),
+        "statistics": statistics_note(comparison),
         "reference": reference,
         "tests": result_grids.tests_grid(overall, reference or "", by_site=False),
         "site_tests": result_grids.tests_grid(by_site, reference or "", by_site=True),

@@ -21,6 +21,7 @@ from fedmed.profile import profile_of
 LOCK_FILE = "study.lock.yaml"
 ROUNDS_FILE = "rounds.jsonl"
 CASES_FILE = "cases.csv"
+UNSEEN_FILE = "unseen.csv"
 SUMMARY_FILE = "summary.json"
 COMPARE_FILE = "compare.json"
 
@@ -41,6 +42,7 @@ class Run:
         summary: Final metrics as the engine wrote them.
         overlay_files: Site -> files with a slice, its truth and its prediction.
         notes: What was not there, in sentences for the reader.
+        unseen: Rows of `unseen.csv`: held-out sites by rule.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Run:
     summary: Mapping[str, Any] = field(default_factory=dict)
     overlay_files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unseen: tuple[Mapping[str, str], ...] = ()
 
     @property
     def strategy(self) -> str:
@@ -219,6 +222,7 @@ def read_run(folder: Path) -> Run:
         summary,
         overlays,
         tuple(notes),
+        _read_unseen(folder / UNSEEN_FILE),
     )
 
 
@@ -346,6 +350,17 @@ def _read_cases(
             raise _damaged(path, f"has no column {', '.join(lacking)}")
         rows = list(reader)
     return _result_rows(rows, path)
+
+
+def _read_unseen(path: Path) -> tuple[Mapping[str, str], ...]:
+    """Read the results by rule; most runs have none."""
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"rule", "sets_of", "site"} <= set(reader.fieldnames or ()):
+            raise _damaged(path, "is no table by rule")
+        return tuple(reader)
 
 
 def _result_rows(

@@ -94,6 +94,14 @@ diagonal of the image as their distance, so neither can improve a mean; the numb
 missed count all seeds.</p>
 {% endif %}
 {% if classes %}{{ grid(classes) }}{% endif %}
+{% if statistics %}<p class="note">{{ statistics }}</p>
+{% endif %}
+{% if unseen %}
+<h3>Hospitals that took no part, by rule</h3>
+{{ grid(unseen.grid) }}
+{% for note in unseen.notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% endif %}
 {% if published %}
 <h3>In the layout of the published table</h3>
 {{ grid(published) }}
