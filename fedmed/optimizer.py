@@ -233,7 +233,7 @@ def sum_of_squares(state: State) -> Tensor:
         flat = state[name].detach().reshape(-1)
         pieces = torch.split(flat, _CHUNK) if flat.is_cpu else (flat,)
         for piece in pieces:
-            total += piece.double().square_().sum().cpu()
+            total += piece.double().square().sum().cpu()
     return total
 
 

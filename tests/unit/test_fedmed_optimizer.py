@@ -200,6 +200,16 @@ def test_clipping_scales_the_global_norm():
     assert gradient["a"].item() == 3.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measuring_a_gradient_does_not_change_it(dtype):
+    gradient = {"a": torch.tensor([3.0, -4.0], dtype=dtype)}
+    assert float(sum_of_squares(gradient)) == 25
+    assert torch.equal(
+        clip(gradient, 10.0)["a"], torch.tensor([3.0, -4.0], dtype=dtype)
+    )
+    assert torch.equal(gradient["a"], torch.tensor([3.0, -4.0], dtype=dtype))
+
+
 def test_the_sum_of_squares_knows_neither_layout_nor_threads():
     generator = torch.Generator().manual_seed(2)
     kernel = torch.randn(64, 32, 9, 9, generator=generator)
