@@ -18,6 +18,7 @@ from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.significance import choose_reference, paired_tests
 from fedmed.report.tables import Table, make_table
 from fedmed.report.template import PAGE
+from fedmed.report.transfer import transfer_table
 from fedmed.report.unseen import statistics_note, unseen_table
 
 REPORT_FILE = "report.html"
@@ -79,6 +80,7 @@ def render(comparison: Comparison) -> str:
 def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
     reference = choose_reference(comparison)
     published = side_by_side(comparison, table)
+    transfer = transfer_table(table)
     overall, by_site = paired_tests(comparison, reference) if reference else ((), ())
     return {
         "name": comparison.title,
@@ -91,6 +93,8 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "sites": course_grids.sites_grid(comparison, table),
         "results": result_grids.results_grid(table),
         "distances": result_grids.distances_grid(table),
+        "transfer": transfer.grid() if transfer else None,
+        "transfer_notes": transfer.notes if transfer else (),
         "published": published.grid() if published else None,
         "published_notes": published.marks if published else (),
         "classes": result_grids.classes_grid(comparison, table),

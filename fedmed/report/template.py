@@ -102,6 +102,12 @@ missed count all seeds.</p>
 {% for note in unseen.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 {% endif %}
+{% if transfer %}
+<h3>Trained on one site, tested on each</h3>
+{{ grid(transfer) }}
+{% for note in transfer_notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% endif %}
 {% if published %}
 <h3>In the layout of the published table</h3>
 {{ grid(published) }}

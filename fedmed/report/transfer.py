@@ -104,7 +104,7 @@ class TransferTable:
         """Say in words what one site's model loses elsewhere."""
         mine = [c for c in self.columns if c.strategy == strategy and c.trained_on]
         own = mean_of_finite(
-            column.cells[column.trained_on].mean
+            column.cells[column.trained_on or ""].mean
             for column in mine
             if column.trained_on in column.cells
         )
