@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmed.errors import SiteError, WireError
+from fedmed.errors import PolicyError, SiteError, WireError
 from fedmed.message import Message, SiteFailure, SiteId, State
 from fedmed.payload import Card, Metrics, Normalisation, Payload, to_message
 from fedmed.runfolder import RunFolder
 from fedmed.seeds import seeded
 from fedmed.strategy import Outcome, Private
 from fedmed.study import Study, expand, study_from_dict
+from fedmed.unseen import NEEDS_SETS
 from sites.calibration import own_normalisation
 from sites.case_names import CaseNames, load_pseudonym_key
 from sites.context import HospitalContext, Workbench, Workshop
@@ -269,8 +270,18 @@ class Host:
         return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
 
     def _share_normalisation(self, message: Message) -> Normalisation:
-        """Give what the site keeps of normalisation; nothing if it never trained."""
-        number = int(message.header["round"])
+        """Give what the site keeps of normalisation; nothing if it never trained.
+
+        Raises:
+            PolicyError: If the study, as this site knows it, does not ask for it now.
+        """
+        number, study = int(message.header["round"]), self._bench.study
+        is_named = not NEEDS_SETS.isdisjoint(study.evaluate.unseen)
+        if not is_named or not study.split.held_out or number != study.rounds:
+            raise PolicyError(
+                f"site {self._bench.site_id} shares its normalisation after the last "
+                "round of a study whose evaluate.unseen needs it, and never else"
+            )
         known = int(message.header.get("version", 0))
         private = self._store.committed(number, at_least=known)
         weights = arguments(message)["weights"]

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedmed.errors import PolicyError
 from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.partition import describe_state
 from fedmed.study import UnseenRule, study_from_dict
 from fedmed.unseen import NEEDS_SETS, RE_ESTIMATES, shareable
 from sites.context import Workbench
+from sites.host import open_host
 from sites.ledger import LEDGER_FILE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -305,6 +307,32 @@ def test_what_is_shared_is_on_the_ledger(every_rule: Any) -> None:
         path = every_rule.folder.ledger / site / LEDGER_FILE
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert sum(line["kind"] == "Normalisation" for line in lines) == times
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"evaluate": {"unseen": ["adabn"]}}, 2),
+        ({"split": {"held_out": []}}, 2),
+        ({}, 1),
+        ({}, 3),
+    ],
+)
+def test_a_server_that_asks_out_of_turn_gets_nothing(
+    tmp_path: Path, changes: dict[str, Any], number: int
+) -> None:
+    study = _study(**{**_rules("average"), **changes})
+    options = {
+        "study": study.to_dict(),
+        "folder": str(tmp_path),
+        "cache": str(runs.CACHE),
+        "durable": False,
+    }
+    host = open_host("a", options)
+    header = {"round": number, "version": 0, "values": {}, "states": ["weights"]}
+    with pytest.raises(PolicyError, match="never else"):
+        host.handle(Message("share_normalisation", header))
+    host.close()
 
 
 @dataclass
