@@ -108,6 +108,8 @@ def evaluate(
     """
     if bench.is_pooled or not splits or _has_no_model(bench, private):
         return []
+    if not any(bench.data.splits[split] for split in splits):
+        return []  # a held-out site, before the last round
     model = bench.load(weights, private)
     if needs_calibration(bench, private):
         calibrate(bench, model)

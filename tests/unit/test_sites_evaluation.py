@@ -136,6 +136,16 @@ def test_what_goes_wrong_in_a_helper_thread_is_raised(cache, monkeypatch, cores)
         evaluate(bench, Private(), weights=weights, splits=SPLITS)
 
 
+def test_where_there_is_no_case_nothing_is_computed(cache):
+    """As at a held-out site before the last round: no calibration for nothing."""
+    bench = make_bench(cache, split={"held_out": ["a"]}, strategy={"name": "fedbn"})
+    seen = count_predicted(bench)
+    assert rows_of(bench, ("train", "validation")) == []
+    assert not seen
+    assert rows_of(bench, ("validation", "test"))
+    assert seen
+
+
 @pytest.mark.parametrize(
     ("cores", "device", "expected"),
     [(1, "cpu", 0), (2, "cpu", 1), (64, "cpu", 4), (1, "cuda", 1), (3, "cuda:1", 2)],
