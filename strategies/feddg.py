@@ -14,10 +14,9 @@ Medical Image Segmentation via Episodic Learning in Continuous Frequency Space, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +47,7 @@ from fedmed.training.amplitude import (
     COVARIANCE,
     amplitude_centre,
     drawn_centres,
+    every_image,
     half_width,
     independent_half,
     log_distribution,
@@ -218,7 +218,7 @@ class FedDG(Strategy):
     @at_site
     def amplitudes(self, site: SiteContext) -> Outcome:
         """Tell how the low-frequency amplitudes of the training images are spread."""
-        images = _epoch(lambda n: site.batches(0, n), site.num_examples)
+        images = every_image(lambda n: site.batches(0, n), site.num_examples)
         state, count = self.told(images)
         return Outcome(
             AmplitudeStatistic(site.num_examples, state=state, min_count=count)
@@ -412,7 +412,7 @@ class FedDG(Strategy):
         assert pool.cohort is not None
         return {
             member.site_id: self.told(
-                _epoch(
+                every_image(
                     lambda n, site=member.site_id: (  # type: ignore[misc]
                         pool.batches(i)[site] for i in range(n)
                     ),
@@ -421,16 +421,6 @@ class FedDG(Strategy):
             )[0]
             for member in pool.cohort.members
         }
-
-
-def _epoch(
-    batches: Callable[[int], Iterable[TrainingBatch]], num_examples: int
-) -> Iterator[Tensor]:
-    """Every training image once: the first `num_examples` of the round's batches."""
-    (first,) = batches(1)
-    count = -(-num_examples // len(first.images))
-    images = (image for batch in batches(count) for image in batch.images)
-    return islice(images, num_examples)
 
 
 def _others(known: Mapping[SiteId, State], site: SiteId) -> State:

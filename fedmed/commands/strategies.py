@@ -31,6 +31,8 @@ def describe(name: str, cls: type[Strategy]) -> dict[str, Any]:
         "leaves_site": list(cls.leaves_site),
         "kept_by_site": list(cls.kept_by_site),
         "pools_data": cls.pools_data,
+        "needs_public": cls.needs_public,
+        "copies_public": cls.copies_public,
         "options": {
             field.name: field.default
             for field in dataclasses.fields(cls)
@@ -68,6 +70,9 @@ def _show(name: str, *, as_json: bool) -> None:
     typer.echo(inspect.getdoc(cls) or "")
     typer.echo(f"\nPaper: {facts['paper']}")
     typer.echo(f"Exchanges: {_price(facts)}")
+    if cls.needs_public:
+        where = "every hospital" if cls.copies_public else "the public site"
+        typer.echo(f"Public images (sites.public): opened at {where}")
     _print_sizes(sizes)
 
 
@@ -77,7 +82,9 @@ def _price(facts: dict[str, Any]) -> str:
         for unit in ("step", "round")
         if facts[f"exchanges_per_{unit}"] is not None
     ]
-    return " / ".join(costs)
+    more = facts["first_round_exchanges"]
+    once = [f"{count} more a run with sync: {sync}" for sync, count in more.items()]
+    return "; ".join([" / ".join(costs), *once])
 
 
 def _print_sizes(sizes: list[NetworkSize]) -> None:

@@ -38,6 +38,7 @@ _NORM_OPTIONS = {
 }
 _NO_NETWORKS = (
     "adapter",
+    "amplitude_normalisation",
     "block",
     "build",
     "foreign",

@@ -16,14 +16,17 @@ Source:
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from fedmed.errors import ConfigError
 from fedmed.message import State
+from fedmed.training.trainer import TrainingBatch
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +130,22 @@ def with_amplitude(
     waves = rows.mH @ change @ columns.conj()
     moved = planes + waves.real
     return moved if images_BC.ndim == 4 else moved.movedim(2, -1)
+
+
+def every_image(
+    batches: Callable[[int], Iterable[TrainingBatch]], num_examples: int
+) -> Iterator[Tensor]:
+    """Give each training image once.
+
+    Args:
+        batches: Gives so many batches of a round, from its first; they go through all
+            examples before one comes again.
+        num_examples: Of the site.
+    """
+    (first,) = batches(1)
+    count = -(-num_examples // len(first.images))
+    images = (image for batch in batches(count) for image in batch.images)
+    return itertools.islice(images, num_examples)
 
 
 def independent_half(centres: Tensor) -> Tensor:
