@@ -5,6 +5,9 @@
     python -m benchmarks.multi_site heart         distillation between MR and CT
     python -m benchmarks.multi_site spinal        the same rows on real data, which
     python -m benchmarks.multi_site retina        lie in the folder $FEDMED_DATA
+    python -m benchmarks.multi_site unseen        SAML's table: a hospital left out
+    python -m benchmarks.multi_site brain         MASF's table: trained on one hospital
+    python -m benchmarks.multi_site camera        a retina camera left out, real data
     python -m benchmarks.multi_site all           all of it
 
 Claims are written down in `benchmarks/multi_site_questions.py`, before any result, and
@@ -42,16 +45,18 @@ def train(question: Question, folder: Path, given: argparse.Namespace) -> None:
     changes = (*question.changes, *given.change)
     if given.quick:
         changes += (*QUICK, *question.quick)
-    words = [
-        sys.executable, "-c", COMMAND, "compare", str(ROOT / question.study),
-        *changes, "--strategies", ",".join(question.methods),
-        "--seeds", ",".join(map(str, given.seeds[: 1 if given.quick else None])),
-        "--jobs", str(given.jobs), "--out", str(folder),
-    ]  # fmt: skip
+    seeds = (given.seeds or range(question.num_seeds))[: 1 if given.quick else None]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
-    if code:
-        sys.exit(code)
+    for protocol, methods in question.protocols:
+        words = [
+            sys.executable, "-c", COMMAND, "compare", str(ROOT / question.study),
+            *changes, "--protocol", protocol, "--strategies", ",".join(methods),
+            "--seeds", ",".join(map(str, seeds)),
+            "--jobs", str(given.jobs), "--out", str(folder),
+        ]  # fmt: skip
+        code = subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
+        if code:
+            sys.exit(code)
 
 
 def write(question: Question, folder: Path, results: Path) -> None:
@@ -72,7 +77,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seeds",
         type=lambda text: [int(word) for word in text.split(",")],
-        default=[0, 1, 2, 3, 4],
+        help="of all questions; else as many as each one asks for",
     )
     parser.add_argument("--out", type=Path, default=STORE)
     parser.add_argument("--quick", action="store_true", help="a try, not written down")

@@ -14,11 +14,12 @@ import torch
 from benchmarks.harness import ROOT
 from benchmarks.multi_site_questions import Claim, Question
 from fedmed.report.published import side_by_side
-from fedmed.report.rows import Row
+from fedmed.report.rows import Row, row_label
 from fedmed.report.run_folder import Comparison, Entry
 from fedmed.report.scores import mean_of_finite
 from fedmed.report.significance import PairedTest, planned_tests
 from fedmed.report.tables import Table, make_table, percent_with_spread
+from fedmed.report.transfer import transfer_table
 from fedmed.report.wording import (
     NO_VALUE,
     duration,
@@ -40,9 +41,9 @@ def section(question: Question, comparison: Comparison) -> str:
     Returns:
         Markdown.
     """
-    wanted = set(question.methods)
-    kept = [entry for entry in comparison.entries if entry.strategy in wanted]
-    kept.sort(key=lambda entry: question.methods.index(entry.strategy))
+    wanted = _wanted(question)
+    kept = [entry for entry in comparison.entries if _key(entry) in wanted]
+    kept.sort(key=lambda entry: wanted.index(_key(entry)))
     own = Comparison(comparison.name, tuple(kept))
     table = make_table(own)
     parts = [
@@ -50,10 +51,38 @@ def section(question: Question, comparison: Comparison) -> str:
         _how(question, own),
         *_wrapped(question.remarks),
         _results(table, own),
+        *_transfer(table),
         *_published(own, table),
         *_claims(question, own),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _wanted(question: Question) -> list[tuple[str, str]]:
+    """Methods and protocols of a question, in its order."""
+    return [
+        (method, protocol)
+        for protocol, methods in question.protocols
+        for method in methods
+    ]
+
+
+def _key(entry: Entry) -> tuple[str, str]:
+    if entry.trained_on is not None:
+        return entry.strategy, "cross_site"
+    protocol = "within_site" if entry.held_out is None else "leave_one_site_out"
+    return entry.strategy, protocol
+
+
+def _transfer(table: Table) -> list[str]:
+    square = transfer_table(table)
+    if square is None:
+        return []
+    return [
+        f"{square.title}. With an asterisk: trained and tested at the same site.",
+        _markdown(square.header, square.text_rows()),
+        *_wrapped(square.notes),
+    ]
 
 
 def with_section(page: str, key: str, text: str) -> str:
@@ -125,8 +154,8 @@ def _cases(comparison: Comparison) -> str:
 
 def _results(table: Table, comparison: Comparison) -> str:
     header = (
-        "Dice, %", *table.sites, "overall", "worst site", "gain over alone",
-        "overall by seed", "ASD, mm", "a run",
+        f"Dice, %, profile {table.profile}", *table.sites, "overall", "worst site",
+        "gain over alone", "overall by seed", "ASD, mm", "a run",
     )  # fmt: skip
     rows = [
         (
@@ -154,7 +183,7 @@ def _by_seed(row: Row, comparison: Comparison) -> list[str]:
 
 
 def _entries(row: Row, comparison: Comparison) -> list[Entry]:
-    return [entry for entry in comparison.entries if entry.strategy == row.strategy]
+    return [entry for entry in comparison.entries if row_label(entry) == row.label]
 
 
 def _seconds(entry: Entry) -> float:
@@ -184,8 +213,9 @@ def _claims(question: Question, comparison: Comparison) -> list[str]:
     )  # fmt: skip
     told = (
         "Difference: mean over test cases (seeds of one case averaged first), then "
-        "over sites. Interval: bootstrap of cases within sites. p: two-sided Wilcoxon "
-        "signed-rank test over cases, corrected for the number of claims.",
+        "over sites. Interval: bootstrap of patients, with all of their cases, within "
+        "sites. p: two-sided Wilcoxon signed-rank test over patients, corrected for "
+        "the number of claims.",
     )
     return [_markdown(header, rows), *_wrapped(told)]
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from fedmed.report.significance import OTHER_SITE, OWN_SITE
+
 
 @dataclass(frozen=True)
 class Claim:
     """One row is better than another.
 
     Attributes:
-        better: Label of the row that should have the higher Dice.
+        better: Label of the row that should have the higher Dice, as
+            `fedmed.report.significance.planned_tests` knows it.
         worse: Label of the other one.
         site: At this site; "" = in the mean over sites.
         margin: Asks another thing where it is not None: that `worse` costs at most
@@ -33,6 +36,11 @@ class Claim:
         return f"{self.better} > {self.worse}{where}"
 
 
+def unseen(method: str) -> str:
+    """Label of the row of a method that is tested on sites left out in turn."""
+    return f"{method} (site unseen)"
+
+
 @dataclass(frozen=True)
 class Question:
     """A table of docs/results.md.
@@ -41,12 +49,15 @@ class Question:
         key: On the command line, and in the markers of the page.
         title: Of its section.
         study: File of the study.
-        methods: Rows.
+        methods: Rows; trained at all sites.
         claims: One family of tests.
         changes: Of the study.
         quick: More of them in a try.
         store: Folder of the runs; questions may share one, and then its runs.
         remarks: What a reader must know to judge the table.
+        left_out: Methods that are tested on each site in turn, trained on the others.
+        single: Methods that train on each site in turn, tested on all.
+        num_seeds: Seeds.
     """
 
     key: str
@@ -58,6 +69,28 @@ class Question:
     quick: tuple[str, ...] = ()
     store: str = ""
     remarks: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+    num_seeds: int = 5
+
+    @property
+    def protocols(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Protocols and their methods, as `fedmed compare` takes them."""
+        asked = (
+            ("within_site", self.methods),
+            ("leave_one_site_out", self.left_out),
+            ("cross_site", self.single),
+        )
+        return tuple((name, methods) for name, methods in asked if methods)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the rows that claims may name."""
+        return (
+            *self.methods,
+            *map(unseen, self.left_out),
+            *(f"{m} ({what})" for m in self.single for what in (OWN_SITE, OTHER_SITE)),
+        )
 
     @property
     def folder(self) -> str:
@@ -74,6 +107,15 @@ ROWS: Final = (
 TINY_PROSTATE = (
     "sites.cases_per_site=5", "sites.size=[32,32,6]", "preprocess.size=[32,32]",
 )  # fmt: skip
+PLAIN_META: Final = "saml[compact_weight=0,smooth_weight=0]"
+COMPACT: Final = "saml[smooth_weight=0]"
+"""SAML without its second loss, and without both: rows of its table."""
+
+GENERALISING: Final = (
+    "bigaug", "mldg", "meta_reg", "epi_fcr", "latreg", "masf", "saml", "feddg",
+)  # fmt: skip
+"""Methods made for hospitals that never took part."""
+
 MOST_DIFFERENT: Final = "b"
 """Half the field, another maker, another coil: by its card, not by its results."""
 
@@ -156,6 +198,69 @@ QUESTIONS: Final = {
             ),
             changes=("strategy.sync=step", "transport.name=inprocess"),
             quick=("preprocess.size=[64,64]",),
+        ),
+        Question(
+            "unseen",
+            "Prostate at a phantom hospital left out of training, each of six in turn",
+            "studies/saml_prostate.yaml",
+            ("separate",),
+            (
+                Claim(unseen("saml"), unseen("masf")),
+                Claim(unseen("masf"), unseen("joint")),
+                Claim(unseen("saml"), unseen(PLAIN_META)),
+                Claim(unseen(PLAIN_META), unseen("joint")),
+            ),
+            quick=("sites.size=[32,32,6]", "preprocess.size=[32,32]"),
+            remarks=(
+                "separate is the publication's Intra-site row: trained and tested at "
+                "the same hospital, on its own test patients only. joint is DeepAll.",
+                "A hospital left out is tested with all of its patients; nothing of it "
+                "chooses a model, a number of steps or a weight.",
+            ),
+            left_out=("joint", "masf", PLAIN_META, COMPACT, "saml"),
+            num_seeds=3,
+        ),
+        Question(
+            "brain",
+            "Brain tissues at four phantom hospitals: trained on one, tested on each",
+            "studies/brain_tissue.yaml",
+            (),
+            (
+                Claim(f"joint ({OWN_SITE})", f"joint ({OTHER_SITE})"),
+                Claim(unseen("joint"), f"joint ({OTHER_SITE})"),
+                Claim(unseen("masf"), unseen("joint")),
+            ),
+            quick=("sites.cases_per_site=5", "preprocess.size=[40,48]"),
+            remarks=(
+                "joint (own site alone) is the diagonal of the square table, joint "
+                "(one other site alone) the mean of what is off it, on the same patients.",
+                "joint (site unseen) is DeepAll: trained on the other three hospitals.",
+            ),
+            left_out=("joint", "masf"),
+            single=("joint",),
+            num_seeds=3,
+        ),
+        Question(
+            "camera",
+            "Retinal vessels, real photographs: each of three cameras left out in turn",
+            "studies/fundus_vessels.yaml",
+            (),
+            tuple(Claim(unseen(name), unseen("fedavg")) for name in GENERALISING),
+            changes=(
+                "strategy.sync=step",
+                "transport.name=inprocess",
+                "preprocess.size=[192,192]",
+            ),
+            quick=("preprocess.size=[64,64]",),
+            remarks=(
+                "The strongest method beats fedavg if one of these claims holds after "
+                "correction for their number; the highest row alone would not show it.",
+                "Two cameras train, so an episode learns on one and is judged on the "
+                "other. SAML's compactness is made for one round organ: a tree of "
+                "vessels is as far from it as can be, and its weight was not changed.",
+            ),
+            left_out=("fedavg", *GENERALISING),
+            num_seeds=3,
         ),
     )
 }

@@ -345,6 +345,53 @@ def test_compare_holds_out_each_site_in_turn(fedmed, work):
     ]
 
 
+def test_compare_trains_on_each_site_alone_and_tests_on_all(fedmed, work):
+    study, out = line.write_study(work, rounds=1), work / "square"
+    common = ("--strategies", "joint", "--out", out, "--jobs", "2", "--json")
+    ended = fedmed("compare", study, "--protocol", "cross_site", *common)
+    assert ended.code == 0, ended.err
+    names = sorted(path.parent.name for path in out.glob("*/summary.json"))
+    assert names == ["joint-seed0-on-a", "joint-seed0-on-b", "joint-seed0-on-c"]
+    for site in "abc":
+        rows = (out / f"joint-seed0-on-{site}" / "cases.csv").read_text().splitlines()
+        columns = rows[0].split(",")
+        tested = [dict(zip(columns, r.split(","), strict=True)) for r in rows[1:]]
+        tested = [row for row in tested if row["split"] == "test"]
+        counts = {s: len([r for r in tested if r["site"] == s]) for s in "abc"}
+        # Its own test split of four cases, and all cases of the others.
+        assert counts == {s: 1 if s == site else 4 for s in "abc"}
+        assert all(row["subject_id"] for row in tested)
+    speed = ended.record["speed"]
+    assert (speed["runs"], speed["jobs"]) == (3, 2)
+    assert 0 < speed["share_of_ideal"] < 1.5
+    assert ended.record["transfer"]["header"][1] == "joint (trained on a)"
+    # The other half of the table joins it in the same folder.
+    more = ("--protocol", "leave_one_site_out", *common)
+    ended = fedmed("compare", study, *more)
+    assert ended.code == 0, ended.err
+    assert ended.record["transfer"]["header"][-1] == "joint (site unseen)"
+    assert len(ended.record["table"]["rows"]) == 4
+    again = fedmed("compare", study, *more)
+    assert again.code == 0
+    assert "speed" not in again.record  # nothing was left to run
+    assert again.record["table"] == ended.record["table"]
+
+
+def test_the_profile_is_told_with_every_number(fedmed, work):
+    study, out = line.write_study(work, rounds=1), work / "legacy"
+    changes = ("evaluate.profile=legacy", "evaluate.oracle_slice_range=false")
+    run = fedmed("run", study, *changes, "--out", out, "--json")
+    assert run.code == 0, run.err
+    name = "strict but skip_end_slices and batch1_at_test"
+    assert run.record["profile"] == name
+    assert json.loads((out / "summary.json").read_text())["profile"] == name
+    told = fedmed("report", out)
+    assert f"profile {name}" in told.out
+    assert f"profile {name}" in (out / "report.html").read_text()
+    refused = fedmed("run", study, "evaluate.best_on_target=true", "--out", work / "x")
+    assert "selection on the test set" in refused.refused(2)
+
+
 def test_compare_runs_a_leg_again_whose_held_out_site_has_no_result(fedmed, work):
     """As if the left-out site had been away when it was to be evaluated."""
     study, out = line.write_study(work, rounds=2), work / "unseen"

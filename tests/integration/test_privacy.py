@@ -153,6 +153,9 @@ def test_neither_tables_nor_pictures_nor_the_report_name_a_patient(
     for site in ("north", "south"):
         named = {row["case_id"] for row in rows if row["site"] == site}
         assert len(named) == 2, "the rows of one case stay together"
+        patients = {row["subject_id"] for row in rows if row["site"] == site}
+        assert len(patients) == 2
+        assert all(patient.startswith("case-") for patient in patients)
         if rule == "drop":
             assert named == {"case-1", "case-2"}
         pictures = list((out / "sites" / site / "overlays").glob("*.npz"))

@@ -19,7 +19,8 @@ from benchmarks.multi_site_questions import QUESTIONS, Claim, Question
 from fedmed.legs import read_method
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.significance import PairedTest, planned_tests
-from fedmed.study import read_yaml, study_from_dict
+from fedmed.resolve import load_strategy
+from fedmed.study import apply_overrides, read_yaml, study_from_dict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 folders = importlib.import_module("report_folders")
@@ -105,13 +106,51 @@ def test_section_holds_the_rows_asked_for_and_every_claim(compared: Path) -> Non
     text = section(QUESTION, read_comparison(compared))
     table = [line for line in text.splitlines() if line.startswith("| ")]
     names = [line.split("|")[1].strip() for line in table]
-    assert names[:5] == ["Dice, %", "---", "separate", "fedavg", "ms_net"]
+    assert names[:5] == [
+        "Dice, %, profile strict",
+        "---",
+        "separate",
+        "fedavg",
+        "ms_net",
+    ]
     assert "fedbn" not in text
     for claim in CLAIMS:
         assert str(claim) in names
     assert "not measured" in text
     assert "6 runs" in text
     assert "10 steps with 4 examples" in text
+
+
+def test_rows_of_other_protocols_stay_out(tmp_path: Path) -> None:
+    """One folder holds runs that saw a site, that did not, and that saw one only."""
+    plan = folders.Plan(overlays=False, num_rounds=2, sites=("a", "b"))
+    folders.write_comparison(
+        tmp_path / "c", ("joint", "masf"), (0,), leave_out=(None, "a", "b"), plan=plan
+    )
+    index = json.loads((tmp_path / "c" / "compare.json").read_text())
+    for only, out in (("a", "b"), ("b", "a")):
+        name = f"runs/joint-on-{only}"
+        run = folders.Plan(**{**vars(plan), "strategy": "joint", "held_out": (out,)})
+        folders.write_run(tmp_path / "c" / name, run)
+        index["runs"].append(
+            {"strategy": "joint", "seed": 0, "trained_on": only, "folder": name}
+        )
+    (tmp_path / "c" / "compare.json").write_text(json.dumps(index))
+    for lock in (tmp_path / "c").glob("runs/*/study.lock.yaml"):
+        text = lock.read_text() + "train: {local_steps: 5, batch_size: 4}\n"
+        lock.write_text(text)
+    question = replace(QUESTIONS["brain"], left_out=("masf", "joint"))
+    text = section(question, read_comparison(tmp_path / "c"))
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    names = [line.split("|")[1].strip() for line in table]
+    rows = ["masf (site unseen)", "joint (site unseen)"]
+    single = ["joint (trained on a)", "joint (trained on b)"]
+    assert names[2:6] == rows + single
+    assert names[6:11] == ["Tested on", "---", "a", "b", "mean of unseen sites"]
+    assert "6 runs" in text
+    claims = [str(claim) for claim in question.claims]
+    assert names[-len(claims) :] == claims
+    assert "not measured" not in text
 
 
 def test_a_section_replaces_itself_and_nothing_else(compared: Path) -> None:
@@ -135,10 +174,12 @@ def test_questions_ask_for_what_there_is(question: Question) -> None:
     assert read_yaml(ROOT / question.study)
     study_from_dict(read_yaml(ROOT / question.study))
     known = {path.stem for path in (ROOT / "strategies").glob("*.py")}
-    for method in question.methods:
-        assert read_method(method)[0] in known
+    for method in (*question.methods, *question.left_out, *question.single):
+        name, options = read_method(method)
+        assert name in known
+        load_strategy(name, apply_overrides({}, options))
     for claim in question.claims:
-        assert {claim.better, claim.worse} <= set(question.methods)
+        assert {claim.better, claim.worse} <= set(question.labels)
     same = [q for q in QUESTIONS.values() if q.folder == question.folder]
     assert len({q.study for q in same}) == len({q.changes for q in same}) == 1
 
@@ -146,4 +187,5 @@ def test_questions_ask_for_what_there_is(question: Question) -> None:
 def test_seeds_and_changes_are_read() -> None:
     given = arguments(["prostate", "--seeds", "3,4", "--jobs", "2", "rounds=2"])
     assert (given.seeds, given.change, given.jobs) == ([3, 4], ["rounds=2"], 2)
-    assert json.dumps(arguments(["all"]).seeds) == "[0, 1, 2, 3, 4]"
+    assert arguments(["all"]).seeds is None
+    assert {q.num_seeds for q in QUESTIONS.values()} == {3, 5}
