@@ -407,7 +407,23 @@ class MASF(Strategy):
         return joined(*parts)
 
     def _rows_of(self, passed: Pass | PooledPass) -> Measured:
-        return self._aligns.told(RowTally.of(passed.logits, passed.labels))
+        return self._aligns.told(self._tallied(passed))
+
+    def _tallied(self, passed: Pass | PooledPass) -> RowTally:
+        """Add up a batch's logits by class.
+
+        Raises:
+            ConfigError: If no class of such a batch could ever be compared.
+        """
+        num_labels = passed.labels.numel()
+        if num_labels < self.min_count:
+            raise ConfigError(
+                f"strategy.min_count is {self.min_count}, and a batch holds "
+                f"{num_labels} labels, so that no class can ever be compared",
+                hint="Lower strategy.min_count, or raise train.batch_size. The "
+                "hospital's policy has a min_count of its own.",
+            )
+        return RowTally.of(passed.logits, passed.labels)
 
     def _embedded(self, passed: Pass | PooledPass) -> Embedded:
         features_BF = (
@@ -495,7 +511,7 @@ class MASF(Strategy):
 
         def objective(passed: Pass, task: Tensor) -> Tensor:
             del task
-            rows.append(RowTally.of(passed.logits, passed.labels))
+            rows.append(self._tallied(passed))
             total = pull * self._aligns.pull(rows[-1], target)
             if self.clustering_weight:
                 embedded = self._embedded(passed)

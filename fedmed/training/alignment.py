@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmed.losses.distillation import class_logit_sums, soft_confusion, symmetric_kl
 from fedmed.message import SiteId, State
-from fedmed.training.coupled import Measured
+from fedmed.training.coupled import NOTHING_TOLD, Measured
 from fedmed.training.statistic_bank import PRESENT, banked, banked_sites
 
 ROWS = "rows"
@@ -73,11 +73,10 @@ class Alignment:
         rows_LL = self._log_rows(tally)
         behind_L = tally.counts_L // passes
         present_L = behind_L >= self.min_count
-        told_L = behind_L[present_L] if present_L.any() else behind_L.sum()
         return Measured(
             values={ROWS: rows_LL.masked_fill(~present_L.unsqueeze(1), 0.0)},
             facts={PRESENT: present_L.to(rows_LL)},
-            min_count=int(told_L.min()),
+            min_count=min(behind_L[present_L].tolist(), default=NOTHING_TOLD),
         )
 
     def over_pairs(

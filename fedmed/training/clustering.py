@@ -27,7 +27,7 @@ from fedmed.losses.known_voxels import at_least_float32
 from fedmed.losses.metric import Labelled, contrastive, triplet_semi_hard
 from fedmed.message import SiteId, State
 from fedmed.networks.metric_network import HEAD
-from fedmed.training.coupled import Measured, Pass
+from fedmed.training.coupled import NOTHING_TOLD, Measured, Pass
 from fedmed.training.statistic_bank import PRESENT, banked, banked_sites
 
 Grade = Literal["exact", "proxy", "within_site"]
@@ -140,11 +140,10 @@ class Tally:
         means_TF = self.sums_TF / self.samples_T.clamp(min=1).unsqueeze(1)
         voxels_T = self.voxels_T // passes
         shown_T = (voxels_T >= min_count) & (self.samples_T >= _FEWEST_SAMPLES * passes)
-        behind_T = voxels_T[shown_T] if shown_T.any() else voxels_T.sum()
         return Measured(
             values={CENTROIDS: means_TF.masked_fill(~shown_T.unsqueeze(1), 0.0)},
             facts={SHOWN: shown_T.to(means_TF)},
-            min_count=int(behind_T.min()),
+            min_count=min(voxels_T[shown_T].tolist(), default=NOTHING_TOLD),
         )
 
 
@@ -190,7 +189,7 @@ class Clustering:
         """What of a batch's embeddings leaves in the first half."""
         if self.is_exact:
             facts = {KINDS: embedded.kinds_N}
-            return Measured(values={VECTORS: embedded.vectors_NF}, facts=facts)
+            return Measured({VECTORS: embedded.vectors_NF}, facts)
         if self.by_proxies:
             return Tally.of(embedded).told(self.min_count)
         return Measured(values={})
@@ -277,7 +276,7 @@ def from_bank(bank: State) -> dict[SiteId, State]:
 
 def joined(*parts: Measured) -> Measured:
     """Several statistics as one."""
-    counts = [part.min_count for part in parts if part.values]
+    counts = [part.min_count for part in parts if part.values and part.min_count]
     return Measured(
         values={name: t for part in parts for name, t in part.values.items()},
         facts={name: t for part in parts for name, t in part.facts.items()},

@@ -96,6 +96,10 @@ class Pass:
     outputs: Mapping[str, Any] = field(default_factory=dict)
 
 
+NOTHING_TOLD = 2**31 - 1
+"""`min_count` of a statistic without a row: no row of it has fewer behind it."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a statistic is on one batch.

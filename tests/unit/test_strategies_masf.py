@@ -325,3 +325,10 @@ def test_it_equals_the_pooled_method_for_classification():
 def test_impossible_constants_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         load_strategy("masf", options)
+
+
+@pytest.mark.parametrize("sync", ["round", "step"])
+def test_a_batch_too_small_for_any_class_is_said_and_not_passed_over(tmp_path, sync):
+    study = study_of(sync, base=runs.TABLE, strategy={"min_count": 100})
+    with pytest.raises(QuorumError, match="min_count is 100, and a batch holds 3"):
+        runs.run(study, tmp_path)

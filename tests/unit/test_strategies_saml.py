@@ -12,6 +12,7 @@ import torch
 from fedmed.episodes import draw_episode
 from fedmed.errors import ConfigError, QuorumError
 from fedmed.losses.compactness import compactness_loss
+from fedmed.losses.contour import contour_masks
 from fedmed.prove import prove
 from fedmed.resolve import load_strategy
 from fedmed.strategy import Private
@@ -226,6 +227,27 @@ def test_it_equals_the_pooled_method(options):
     found = prove("saml", steps=3, overrides=(*TINY, *weights, *options))
     assert found.max_abs_diff <= 1e-12, found.where
     assert found.moved > 1e-3
+
+
+@pytest.mark.parametrize("smoothness", GRADES)
+def test_slices_without_foreground_have_no_embedding(monkeypatch, tmp_path, smoothness):
+    """Some batches have none at all; a policy has nothing to refuse in them."""
+    module, numbers = importlib.import_module("strategies.saml"), []
+
+    def some(labels, **widths):
+        masks = contour_masks(labels, **widths)
+        kept = masks & ((labels > 0).sum(dim=(1, 2)) % 3 == 1)[:, None, None, None]
+        numbers.append(int(kept.any(dim=3).any(dim=2).sum()))
+        return kept
+
+    monkeypatch.setattr(module, "contour_masks", some)
+    chosen = ("strategy.smooth_weight=0.1", f"strategy.smoothness={smoothness}")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"{CAUTIOUS[:-2]}, Embedding]\nmin_count: 1\n")
+    small = ("train.batch_size=1", f"sites.policy={policy}")
+    found = prove("saml", steps=4, overrides=(*TINY, *chosen, *small))
+    assert found.max_abs_diff <= 1e-12, found.where
+    assert min(numbers) == 0 < max(numbers)
 
 
 @pytest.mark.parametrize("row", [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1)])
