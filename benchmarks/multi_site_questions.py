@@ -233,7 +233,7 @@ QUESTIONS: Final = {
             quick=("sites.cases_per_site=5", "preprocess.size=[40,48]"),
             remarks=(
                 "joint (own site alone) is the diagonal of the square table, joint "
-                "(one other site alone) the mean of what is off it, on the same patients.",
+                "(one other site alone) the mean of the rest, on the same patients.",
                 "joint (site unseen) is DeepAll: trained on the other three hospitals.",
             ),
             left_out=("joint", "masf"),
