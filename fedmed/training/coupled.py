@@ -280,6 +280,7 @@ def coupled_training(
         model,
         site.batches(0, site.steps),
         memory=dict(site.private.states.get(OPTIMIZER, {})),
+        first_step=site.first_step,
     )
     return model, result
 

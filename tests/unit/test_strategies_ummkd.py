@@ -27,11 +27,14 @@ def study_of(method, sync, *, options=None, **changes):
     )
 
 
+@pytest.mark.parametrize("decay", [None, {"factor": 0.5, "every_steps": 3}])
 @pytest.mark.parametrize("sync", ["round", "step"])
-def test_without_distillation_it_is_fedbn_bit_for_bit(tmp_path, sync):
+def test_without_distillation_it_is_fedbn_bit_for_bit(tmp_path, sync, decay):
     options = {"kd_weight": 0.0, "site_reduction": "mean", "min_count": 1}
-    found = runs.run(study_of("ummkd", sync, options=options), tmp_path / "kd")
-    expected = runs.run(study_of("fedbn", sync), tmp_path / "bn")
+    train = {"lr_decay": decay}
+    study = study_of("ummkd", sync, options=options, train=train)
+    found = runs.run(study, tmp_path / "kd")
+    expected = runs.run(study_of("fedbn", sync, train=train), tmp_path / "bn")
     torch.testing.assert_close(
         found.everything(SITES), expected.everything(SITES), rtol=0, atol=0
     )
