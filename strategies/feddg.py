@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from fedmed.errors import ConfigError
 from fedmed.losses.boundary_contrast import boundary_embeddings, nt_xent
+from fedmed.losses.known_voxels import at_least_float32
 from fedmed.losses.metric import Labelled
 from fedmed.message import SiteId, State
 from fedmed.networks.metric_network import HEAD, features_before_head
@@ -42,18 +43,7 @@ from fedmed.strategy import (
     Strategy,
     at_site,
 )
-from fedmed.training.amplitude import (
-    CENTRES,
-    COVARIANCE,
-    amplitude_centre,
-    drawn_centres,
-    every_image,
-    half_width,
-    independent_half,
-    log_distribution,
-    mirrored,
-    with_amplitude,
-)
+from fedmed.training.amplitude import every_image
 from fedmed.training.coupled import captured
 from fedmed.training.examples import Batch
 from fedmed.training.local import (
@@ -65,12 +55,16 @@ from fedmed.training.local import (
 )
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.statistic_bank import banked, banked_sites
+from fedmed.training.styles import (
+    Bank,
+    restyled,
+    styles_of_others,
+    told_styles,
+)
 from fedmed.training.trainer import TrainingBatch, trainable
 
 _BANK = "amplitude_bank"
 _STYLE = "style"
-_FARTHEST = 2.0
-"""Deviations of a drawn style beyond which it is cut."""
 
 Forward = Callable[[Mapping[str, Tensor], TrainingBatch], tuple[Tensor, Tensor, Tensor]]
 """From weights and a batch to logits, labels, and the features before the head."""
@@ -129,7 +123,7 @@ class FedDG(Strategy):
     outer_weight: float = 1.0
     boundary_weight: float = 0.1
     temperature: float = 0.05
-    bank: Literal["distribution", "examples"] = "distribution"
+    bank: Bank = "distribution"
     bank_share: float = 0.125
 
     paper: ClassVar[str] = "Liu et al., CVPR 2021, arXiv:2103.06030"
@@ -212,7 +206,7 @@ class FedDG(Strategy):
             for site in banked_sites(bank)
             if weights.get(site, 1.0) > 0
         }
-        by_site = {s: {"styles": _others(known, s)} for s in cohort.site_ids}
+        by_site = {s: {"styles": styles_of_others(known, s)} for s in cohort.site_ids}
         return cohort.ask(action, by_site=by_site, **content)
 
     @at_site
@@ -226,20 +220,9 @@ class FedDG(Strategy):
 
     def told(self, images: Iterable[Tensor]) -> tuple[State, int]:
         """What leaves a site of its images, and how many are behind each number."""
-        centres = []
-        for image_C in images:
-            width = half_width(image_C.shape[1:], self.band)
-            centres.append(amplitude_centre(image_C[None].float(), width)[0])
-        if len({tuple(centre.shape) for centre in centres}) > 1:
-            raise ConfigError(
-                "the training images differ in size, so that their frequencies do",
-                hint="Set preprocess.size.",
-            )
-        centres_NC = torch.stack(centres)
-        if self.bank == "distribution":
-            return log_distribution(centres_NC), len(centres)
-        count = max(1, round(self.bank_share * len(centres)))
-        return {CENTRES: independent_half(centres_NC[:count])}, 1
+        return told_styles(
+            images, band=self.band, bank=self.bank, share=self.bank_share
+        )
 
     @at_site
     def gradient(
@@ -292,8 +275,7 @@ class FedDG(Strategy):
                 logits, labels = site.trainer.logits(network, batch)
             return logits, labels, outputs.get(f"{HEAD}/input", logits)
 
-        draws = site.draws(_STYLE, index)
-        changed = self.restyled(batch, styles, draws)
+        changed = self._restyled(batch, styles, site.draws(_STYLE, index))
         total, own = self.objective(
             forward, trainable(model), batch, changed, loss=site.trainer.loss
         )
@@ -301,27 +283,15 @@ class FedDG(Strategy):
         site.trainer.require_finite(value)
         return site.trainer.gradient_of(model, total), value
 
-    def restyled(
+    def _restyled(
         self, batch: TrainingBatch, styles: State, draws: AbstractContextManager[None]
     ) -> Batch:
-        """Move a batch's amplitudes towards ones drawn from the other sites'.
-
-        Args:
-            batch: The batch; computed in float32, whatever its dtype.
-            styles: The other sites' banks, "number|name"; {} = leave it as it is.
-            draws: Around what is drawn.
-        """
-        sources = [banked(styles, name) for name in banked_sites(styles)]
-        images = batch.images.float()
-        if not sources or not self._uses_styles:
+        if not self._uses_styles:
             return Batch(batch.images, batch.labels)
-        channels, count = images.shape[1], len(images)
-        with draws:
-            chosen = torch.randint(len(sources), (count,)).tolist()
-            shares_B = self.interpolation * torch.rand(count)
-            centres = [_drawn(sources[c], channels=channels) for c in chosen]
-        moved = with_amplitude(images, torch.stack(centres), shares_B)
-        return Batch(moved.to(batch.images.dtype), batch.labels)
+        images = restyled(
+            batch.images, styles, interpolation=self.interpolation, draws=draws
+        )
+        return Batch(images, batch.labels)
 
     def objective(
         self,
@@ -394,8 +364,8 @@ class FedDG(Strategy):
         for site, batch in sorted(pool.batches(index).items()):
             model = pool.models[site]
             assert pool.draws is not None
-            changed = self.restyled(
-                batch, _others(bank, site), pool.draws(site, _STYLE, index)
+            changed = self._restyled(
+                batch, styles_of_others(bank, site), pool.draws(site, _STYLE, index)
             )
             total, _ = self.objective(
                 _pooled_forward(model, site),
@@ -421,26 +391,6 @@ class FedDG(Strategy):
             )[0]
             for member in pool.cohort.members
         }
-
-
-def _others(known: Mapping[SiteId, State], site: SiteId) -> State:
-    """The banks of all sites but one, numbered instead of named."""
-    others = [known[other] for other in sorted(known) if other != site]
-    return {
-        f"{number}|{name}": tensor
-        for number, state in enumerate(others)
-        for name, tensor in state.items()
-    }
-
-
-def _drawn(source: State, *, channels: int) -> Tensor:
-    """One amplitude centre (C, n, n) of another site."""
-    if COVARIANCE in source:
-        noise = torch.randn(1, len(source[COVARIANCE]))
-        noise = noise.clamp(-_FARTHEST, _FARTHEST)
-        return drawn_centres(source, noise, channels=channels)[0]
-    told = source[CENTRES]
-    return mirrored(told[int(torch.randint(len(told), ()))])
 
 
 def _called(
@@ -473,11 +423,11 @@ def _pooled_forward(model: nn.Module, site: SiteId) -> Forward:
 
 def _fitted(features_BF: Tensor, labels_B: Tensor) -> Tensor:
     """Features at the labels' resolution: padding cut off, coarse ones magnified."""
-    size = labels_B.shape[1:]
-    found = features_BF.shape[2:]
+    size, found = labels_B.shape[1:], features_BF.shape[2:]
+    features_BF = at_least_float32(features_BF)
     if any(have < need for have, need in zip(found, size, strict=True)):
         mode = "bilinear" if len(size) == 2 else "trilinear"
-        return functional.interpolate(features_BF.float(), size=size, mode=mode)
+        return functional.interpolate(features_BF, size=size, mode=mode)
     for axis, need in enumerate(size, start=2):
         features_BF = features_BF.narrow(axis, 0, need)
     return features_BF
