@@ -1,8 +1,9 @@
 """The same study over every transport gives the same model, bit for bit.
 
-On real MRI of two hospitals, with a method that keeps private state: in this process,
-in workers, on Ray, in Flower's simulation and in a deployment of SuperLink and
-SuperNodes with TLS and node authentication on the loopback interface.
+On real MRI of two hospitals, with a method that keeps private state, and of a third
+that takes no part and is evaluated with normalisation of the two: in this process, in
+workers, on Ray, in Flower's simulation and in a deployment of SuperLink and SuperNodes
+with TLS and node authentication on the loopback interface.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import pytest
 STUDY = """\
 name: equal
 rounds: 2
-sites: {dataset: spinal_gm, root: "${FEDMED_DATA}", include: [ceitec, milan]}
-split: {by: slices, train: 0.6, validation: 0.0, test: 0.4}
+sites: {dataset: spinal_gm, root: "${FEDMED_DATA}", include: [ceitec, milan, ucl]}
+split: {by: slices, train: 0.6, validation: 0.0, test: 0.4, held_out: [ucl]}
 preprocess: {spacing_mm: [1.0, 1.0], size: [48, 48]}
 model: {name: unet, base_width: 4, levels: 3, norm: batch}
 train: {batch_size: 4, local_steps: 2, optimizer: {name: adam, lr: 3.0e-3}}
 strategy: {name: fedbn, sync: round}
-evaluate: {overlays: 0}
+evaluate:
+  overlays: 0
+  statistics: recalibrated
+  unseen: [average, adabn, average_adabn, nearest, ensemble]
 """
-FILES = ("model.safetensors", "cases.csv")
+FILES = ("model.safetensors", "cases.csv", "unseen.csv")
 
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 
