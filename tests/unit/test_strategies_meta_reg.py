@@ -198,6 +198,22 @@ def test_one_site_alone_learns_no_penalty(tmp_path):
     assert all(not phi.any() for phi in result.server(2, "penalty").values())
 
 
+@pytest.mark.parametrize(("sync", "keep"), [("step", ""), ("round", "keep")])
+def test_the_head_s_optimiser_is_remembered(tmp_path, sync, keep):
+    """In steps as the rest of the pooled optimiser is; in rounds if the study asks."""
+    train = {"optimizer": {"name": "adam", "lr": 0.01}}
+    train |= {"optimizer_state": keep} if keep else {}
+    study = study_of(sync, strategy={"phase_one_rounds": 2}, rounds=3, train=train)
+    states = runs.run(study, tmp_path).private("b").states
+    memory = states["head_optimizer"]
+    assert float(memory["head.weight|step"]) == 4.0
+    features = {n for n in memory if n.startswith("encoder")}
+    assert bool(features) == (sync == "round")
+    # Phase 2 has a memory of its own.
+    if sync == "round":
+        assert float(states["optimizer"]["head.weight|step"]) == 2.0
+
+
 @pytest.mark.parametrize("sync", ["step", "round"])
 def test_phases_are_counted_in_rounds(tmp_path, sync):
     study = study_of(sync, rounds=3, strategy={"phase_one_rounds": 2})
