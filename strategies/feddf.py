@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import ConfigError
 from fedmed.losses.distillation import softened_kl
+from fedmed.losses.known_voxels import at_least_float32
 from fedmed.message import SiteId, State
 from fedmed.optimizer import OptimizerSpec, clip, step_in_place
 from fedmed.payload import Weights
@@ -37,6 +38,7 @@ from fedmed.strategy import (
 )
 from fedmed.training.local import local_training, merged
 from fedmed.training.predict import evaluating
+from fedmed.training.public import Statistics, learning
 from fedmed.training.trainer import TrainingBatch
 
 
@@ -50,6 +52,9 @@ class FedDF(Strategy):
         distillation_lr: Of Adam, > 0; its memory starts afresh each round.
         schedule: "cosine" lets it fall to 0 over the round's J steps.
         temperature: T > 0 of the softened predictions.
+        statistics: Of batch normalisation while the average learns: "own" uses those
+            that were merged and leaves them alone, as in evaluation; "public" uses
+            those of the public batches, which the running ones follow.
 
     Exchanges: 2 per round: with the hospitals, then with the public site. The server of
     the paper distils; here no server opens an image, so the site that has the public
@@ -65,8 +70,8 @@ class FedDF(Strategy):
     Differs from the source:
         A fixed number of steps, not up to 10,000 until a validation score stands still.
         Batch-norm running statistics of the average are merged by the law of total
-        variance; while it learns they follow the public images, as any weights'
-        would. Teachers predict with the statistics of their own hospital.
+        variance. The published method learns with `statistics: public`, on images like
+        the clients'; after it a network is tuned to the scanner of the public images.
     """
 
     sync: Sync = "round"
@@ -74,6 +79,7 @@ class FedDF(Strategy):
     distillation_lr: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     temperature: float = 1.0
+    statistics: Statistics = "own"
 
     paper: ClassVar[str] = "Lin et al., NeurIPS 2020, arXiv:2006.07242"
     exchanges: ClassVar = {"round": 2}
@@ -129,7 +135,8 @@ class FedDF(Strategy):
         batches = site.public_batches(first, self.distillation_steps)
         for index, batch in enumerate(batches):
             teacher = ensemble.logits(batch)
-            student, _ = site.trainer.logits(model, batch)
+            with learning(model, self.statistics):
+                student, _ = site.trainer.logits(model, batch)
             loss = softened_kl(student, teacher, temperature=self.temperature)
             losses.append(float(loss.detach()))
             site.trainer.require_finite(losses[-1])
@@ -184,8 +191,8 @@ class Ensemble:
             )
             return found
 
-        logits: Tensor = self._site.trainer.logits(member, batch)[0]
-        return logits
+        logits, _ = self._site.trainer.logits(member, batch)
+        return at_least_float32(logits)
 
 
 def side_by_side(states: Mapping[SiteId, State]) -> State:

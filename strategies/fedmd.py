@@ -42,6 +42,7 @@ from fedmed.strategy import (
 )
 from fedmed.training.local import OPTIMIZER, present, step_here, train_on
 from fedmed.training.predict import evaluating
+from fedmed.training.public import Statistics, learning
 
 _CONSENSUS = "consensus"
 _LARGEST = 6e4
@@ -61,6 +62,9 @@ class FedMD(Strategy):
         digest: "kl" to the softened consensus, or "mae" of the logits, as the
             reference's code.
         temperature: T > 0, "kl" only.
+        statistics: Of batch normalisation while a network digests: "own" uses the
+            site's and leaves them alone, as when it tells what it predicts; "public"
+            uses those of the public batches, which the running ones follow.
         wire: "float16" or "float32" sends logits, "uint8" probabilities in steps of
             1/255.
         coarseness: Voxels along each axis whose mean logits are sent as one, >= 1.
@@ -82,7 +86,8 @@ class FedMD(Strategy):
         the default, and logits are centred (minus their mean over the classes) before
         they are averaged: a softmax does not see the difference. With `uint8`,
         probabilities are averaged. Digesting starts with a fresh memory of the
-        study's optimiser each round.
+        study's optimiser each round. The reference's code digests with `statistics:
+        public`; its public images are like the private ones.
     """
 
     sync: Sync = "round"
@@ -92,6 +97,7 @@ class FedMD(Strategy):
     digest_epochs: int = 1
     digest: Literal["kl", "mae"] = "kl"
     temperature: float = 1.0
+    statistics: Statistics = "own"
     wire: Wire = "float16"
     coarseness: int = 1
 
@@ -170,7 +176,8 @@ class FedMD(Strategy):
         for epoch in range(self.digest_epochs):
             batches = site.public_batches(first, len(consensus))
             for index, batch in enumerate(batches):
-                logits, _ = site.trainer.logits(model, batch)
+                with learning(model, self.statistics):
+                    logits, _ = site.trainer.logits(model, batch)
                 loss = self._distance(logits, consensus[str(index)])
                 site.trainer.require_finite(float(loss.detach()))
                 step_here(

@@ -148,6 +148,42 @@ def test_images_need_no_label_to_be_public():
         assert torch.equal(one.labels, other.labels)
 
 
+MODES = {
+    "slice": ({"mode": "slice", "slices": 3}, (3, 5, 5), (5, 5), 2 * 4),
+    "patch": (
+        {"mode": "patch", "patch_size": [4, 4, 4], "patches_per_case": 3},
+        (1, 4, 4, 4),
+        (4, 4, 4),
+        2 * 3,
+    ),
+    "image": ({"mode": "image"}, (1, 5, 5, 4), (), 2),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_examples_are_those_of_training_whatever_their_kind(mode):
+    model, image, label, count = MODES[mode]
+    study = study_of("fedmd", model=model, train={"batch_size": 6})
+    voxels = np.arange(100, dtype=np.float32).reshape(1, 5, 5, 4)
+    cases = [Bare(Plain(name, voxels)) for name in ("one", "two")]
+    images = PublicImages(study, cases)
+    assert len(images) == count
+    batch = images.batch(0)
+    assert batch.images.shape == (6, *image)
+    assert batch.labels.shape == (6, *label)
+    assert (batch.labels == UNKNOWN_LABEL).all()
+
+
+@dataclasses.dataclass
+class Plain:
+    case_id: str
+    image_CIJK: np.ndarray
+
+    @property
+    def image_shape(self):
+        return self.image_CIJK.shape
+
+
 @dataclasses.dataclass
 class Bare:
     """A case whose label must not be asked for."""

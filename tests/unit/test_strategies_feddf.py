@@ -156,3 +156,18 @@ def test_without_the_public_site_the_run_stops_and_says_so(tmp_path):
 def test_impossible_constants_are_refused(option, tmp_path):
     with pytest.raises(ConfigError, match=rf"strategy\.{option} must be"):
         runs.run(study_of(strategy={option: -1}), tmp_path)
+
+
+def statistics(state):
+    return {name: t for name, t in state.items() if "running" in name}
+
+
+@pytest.mark.parametrize("which", ["own", "public"])
+def test_normalisation_stays_that_of_the_hospitals_unless_asked(tmp_path, which):
+    study = study_of(rounds=1, strategy={"statistics": which})
+    found = statistics(runs.run(study, tmp_path / "feddf").shared)
+    plain = runs.run(study_of("fedavg", rounds=1), tmp_path / "fedavg")
+    expected = statistics(plain.shared)
+    same = [torch.equal(found[name], expected[name]) for name in expected]
+    assert len(same) > 5
+    assert all(same) if which == "own" else not any(same)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -209,3 +210,45 @@ def test_it_digests_in_the_networks_own_precision():
     kept = ward.privates["a"].states["kept"]
     assert {tensor.dtype for tensor in kept.values()} == {torch.float64}
     assert isinstance(ward.privates["a"], Private)
+
+
+def test_what_is_digested_is_what_was_told_before():
+    ward = runs.Ward(study_of(strategy={"public_batches": 3}))
+    asked, server = [], ward.server
+    for number in (1, 2, 3):
+        cohort = ward.cohort(number)
+        (exchange,) = [next(ward.strategy.run_round(server, cohort))]
+        asked.append(exchange.content)
+        server = ward.finish(ward.strategy.run_round(server, cohort))
+    for before, after in itertools.pairwise(asked):
+        assert after["digest_first"] == before["tell_first"]
+        assert after["tell_first"] == before["tell_first"] + 3
+        assert list(after["consensus"]) == ["0", "1", "2"]
+
+
+def test_it_tells_what_the_network_as_it_is_kept_predicts():
+    ward = runs.Ward(study_of(strategy={"wire": "float32"}))
+    half = ward.strategy.run_round(ward.server, ward.cohort())
+    replies = ward.answer(next(half))
+    for site in SITES:
+        context = HospitalContext(ward.benches[site], ward.privates[site], 1)
+        model = context.load({}).eval()
+        for number, batch in enumerate(context.public_batches(0, 4)):
+            with torch.no_grad():
+                expected = fedmd.centred(model(batch.images))
+            assert torch.equal(replies[site].state[str(number)], expected)
+
+
+@pytest.mark.parametrize("which", ["own", "public"])
+def test_normalisation_stays_the_sites_own_unless_asked(which):
+    ward = runs.Ward(study_of(strategy={"statistics": which}))
+    server = ward.finish(ward.strategy.run_round(ward.server, ward.cohort()))
+    context = HospitalContext(ward.benches["a"], ward.privates["a"], 2)
+    model = context.load({})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ward.strategy._digest(context, model, server.memory["consensus"], 0)
+    after = model.state_dict()
+    assert all(module.training for module in model.modules())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("weight") for name in moved)
+    assert any("running" in name for name in moved) == (which == "public")
