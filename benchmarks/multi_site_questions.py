@@ -113,6 +113,7 @@ COMPACT: Final = "saml[smooth_weight=0]"
 
 GENERALISING: Final = (
     "bigaug", "mldg", "meta_reg", "epi_fcr", "latreg", "masf", "saml", "feddg",
+    "harmofl",
 )  # fmt: skip
 """Methods made for hospitals that never took part."""
 

@@ -88,7 +88,12 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "cut_sites": narrative.cut_sites(comparison),
         "table": table,
         "studied": narrative.what_was_studied(comparison, table),
-        "outcome": narrative.what_came_out(table, overall, reference),
+        "outcome": " ".join(
+            (
+                narrative.what_came_out(table, overall, reference),
+                *(transfer.gaps if transfer else ()),
+            )
+        ).strip(),
         "split": narrative.split_sentence(comparison),
         "sites": course_grids.sites_grid(comparison, table),
         "results": result_grids.results_grid(table),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmed.profile import STRICT
+from fedmed.report.judges import judges_notes
 from fedmed.report.rows import ALONE, Cell, Row, make_rows
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.wording import NO_VALUE, listing, number, percent, signed_points
@@ -121,7 +122,11 @@ def make_table(comparison: Comparison) -> Table:
     kind = comparison.kind
     score_name = "Balanced accuracy" if kind == "classification" else "Dice"
     profile = comparison.profile
-    notes = (*_notes(rows, sites), *_profile_notes(profile))
+    notes = (
+        *_notes(rows, sites),
+        *_profile_notes(profile),
+        *judges_notes(comparison),
+    )
     return Table(comparison.name, kind, score_name, tuple(sites), rows, notes, profile)
 
 

@@ -51,7 +51,13 @@ class TransferTable:
     def notes(self) -> tuple[str, ...]:
         """Sentences that say how to read it, and what it comes to."""
         known = "On the diagonal a site's own test cases; elsewhere all of its cases."
-        return (known, *filter(None, map(self._gap, self._strategies())))
+        return (known, *self.gaps)
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """A sentence a method: what a site's own model loses elsewhere."""
+        names = (column.strategy for column in self.columns if column.trained_on)
+        return tuple(filter(None, map(self._gap, dict.fromkeys(names))))
 
     def text_rows(self) -> tuple[tuple[str, ...], ...]:
         """Give every row as text, as long as `header`; last the mean over the unseen.
@@ -95,10 +101,6 @@ class TransferTable:
             "rows": [list(row) for row in self.text_rows()],
             "notes": list(self.notes),
         }
-
-    def _strategies(self) -> tuple[str, ...]:
-        names = (column.strategy for column in self.columns if column.trained_on)
-        return tuple(dict.fromkeys(names))
 
     def _gap(self, strategy: str) -> str:
         """Say in words what one site's model loses elsewhere."""
