@@ -18,8 +18,8 @@ NEEDS: Mapping[str, str] = {
     "statistics re-estimated on the newcomer's own images without labels.",
     "average": "needed what the training sites keep of normalisation and adapters, "
     "sent once, and nothing of the newcomer: the average of it.",
-    "average_adabn": "needed what average needs, and the newcomer's own images without labels: "
-    "the average, but running statistics re-estimated there.",
+    "average_adabn": "needed what average needs, and the newcomer's own images without "
+    "labels: the average, but running statistics re-estimated there.",
     "nearest": "needed what one training site keeps, and the public cards of all: the "
     "site whose modality, vendor, field strength and further facts are most alike.",
     "ensemble": "needed what every training site keeps, all of it at the newcomer: "
