@@ -197,6 +197,14 @@ def test_a_site_lost_between_the_exchanges(tmp_path, sync, part):
     torch.testing.assert_close(found, expected.server(1))
 
 
+def test_a_foreign_site_of_weight_zero_gives_nothing():
+    ward = runs.Ward(study_of(strategy={"weighting": "examples"}))
+    (giver,) = next(ward.strategy.run_round(ward.server, ward.cohort())).site_ids
+    half = ward.strategy.run_round(ward.server, ward.cohort(**{giver: 0}))
+    request = half.send(ward.answer(next(half)))
+    assert not request.content_by_site
+
+
 def test_the_warm_up_counts_steps_over_all_rounds(tmp_path):
     study = study_of(strategy={"warmup_steps": 3}, rounds=3)
     exchanges = [r["exchanges"] for r in runs.run(study, tmp_path).rounds]

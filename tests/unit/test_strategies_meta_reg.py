@@ -192,6 +192,18 @@ def test_a_lost_judge_leaves_the_other_to_judge():
     torch.testing.assert_close(dict(found), expected)
 
 
+def test_a_head_of_a_site_of_weight_zero_is_not_judged():
+    options = {**LARGE, "weighting": "examples"}
+    ward = runs.Ward(study_of("round", strategy=options))
+    half = ward.strategy.run_round(ward.server, ward.cohort())
+    (site,) = half.send(ward.answer(next(half))).site_ids
+    half = ward.strategy.run_round(ward.server, ward.cohort(**{site: 0}))
+    request = half.send(ward.answer(next(half)))
+    with pytest.raises(StopIteration) as end:
+        half.send(ward.answer(request))
+    assert not end.value.value.memory["penalty"]["head.weight"].any()
+
+
 def test_one_site_alone_learns_no_penalty(tmp_path):
     study = study_of(strategy=LARGE, sites={"include": ["a"]}, checkpoint={"every": 1})
     result = runs.run(study, tmp_path)
