@@ -144,12 +144,19 @@ def _how(question: Question, comparison: Comparison) -> str:
 
 
 def _cases(comparison: Comparison) -> str:
-    data = comparison.entries[0].run.study.get("data") or {}
-    told = [
-        f"{site} {facts.get('num_train')} and {facts.get('num_test')}"
-        for site, facts in sorted(data.items())
-    ]
-    return f"patients that train and test: {', '.join(told)}"
+    """Count cases; a site that is left out in turn has its most in some run."""
+    found: dict[str, tuple[int, int]] = {}
+    for entry in comparison.entries:
+        for site, facts in (entry.run.study.get("data") or {}).items():
+            train, test = found.get(site, (0, 0))
+            found[site] = (
+                max(train, facts.get("num_train") or 0),
+                max(test, facts.get("num_test") or 0),
+            )
+    told = [f"{site} {train} and {test}" for site, (train, test) in found.items()]
+    is_plain = all(entry.is_plain for entry in comparison.entries)
+    most = "" if is_plain else ", at most in a run"
+    return f"cases that train and that are tested{most}: {', '.join(sorted(told))}"
 
 
 def _results(table: Table, comparison: Comparison) -> str:
