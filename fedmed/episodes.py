@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
@@ -24,6 +24,13 @@ class Episode:
 
     meta_train: Cohort
     meta_test: Cohort
+
+    @property
+    def both(self) -> Cohort:
+        """The sites of both groups."""
+        members = (*self.meta_train.members, *self.meta_test.members)
+        ordered = sorted(members, key=lambda member: member.site_id)
+        return replace(self.meta_train, members=tuple(ordered))
 
 
 def draw_episode(

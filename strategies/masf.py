@@ -20,7 +20,7 @@ voxels of class c in hospital k's batch:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +40,7 @@ from fedmed.payload import ClassStatistic, Embedding
 from fedmed.replies import states_of
 from fedmed.strategy import (
     Cohort,
+    Exchange,
     Outcome,
     Replies,
     Server,
@@ -53,8 +54,6 @@ from fedmed.training.alignment import (
     ROWS,
     Alignment,
     RowTally,
-    mean_rows,
-    rows_to_bank,
 )
 from fedmed.training.clustering import (
     LAYERS,
@@ -63,13 +62,10 @@ from fedmed.training.clustering import (
     Embedded,
     Grade,
     MetricLoss,
-    Tally,
     embed,
     features_of,
-    from_bank,
     joined,
     others_of,
-    to_bank,
 )
 from fedmed.training.coupled import (
     Measured,
@@ -78,14 +74,11 @@ from fedmed.training.coupled import (
     cotangent_outcome,
     cotangents,
     statistic_outcome,
-    told_with,
-    trained_outcome_with,
 )
 from fedmed.training.local import (
     local_gradient,
     local_training,
     merged,
-    trained_outcome,
 )
 from fedmed.training.meta_update import (
     MetaUpdate,
@@ -94,7 +87,6 @@ from fedmed.training.meta_update import (
     sum_of_parts,
     weighted_states,
 )
-from fedmed.training.passes import train_on_passes
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.pooled_episode import (
     PooledPass,
@@ -105,11 +97,8 @@ from fedmed.training.pooled_episode import (
     take_steps,
     task_gradient,
 )
-from fedmed.training.statistic_bank import updated_bank
 
 _LOCAL = "clustering"
-_ROW_BANK = "row_bank"
-_PROXY_BANK = "proxy_bank"
 
 
 @dataclass(frozen=True)
@@ -123,18 +112,18 @@ class MASF(Strategy):
             metric network.
         temperature: tau > 0. Published: 2.
         clustering: "exact", "proxy" or "within_site"; see `fedmed.training.clustering`
-            and **Leaves the site**. "exact" needs `sync: step`.
+            and **Leaves the site**.
         metric_loss: "triplet" (semi-hard, squared distances) or "contrastive".
         margin: xi > 0. Published: 10.
         metric_widths: Layers of the metric network. Published (PACS): 1024, 256.
-        min_count: Fewest voxels (cases, in classification) of a class in a batch, or in
-            a round, for its row or mean embedding to leave; >= 1.
+        min_count: Fewest voxels (cases, in classification) of a class in a batch for
+            its row or mean embedding to leave; >= 1.
         update_mode: "joint", one step along the sum, as in the paper's algorithm; or
             "split", an optimiser for each of both gradients, as in its code.
         tensor_clip: Largest norm of any one tensor of the inner step's gradient and of
             the meta gradient; None = unlimited. Published: 2.
         meta_lr_factor: Learning rate of the meta gradient's optimiser over the
-            study's; `update_mode: split` only.
+            study's; with `update_mode: split` or `sync: round`.
         metric_lr_factor: The same for the metric network.
         num_meta_train: Meta-train sites; None = all others.
         num_meta_test: Meta-test sites; None = a third, two at least of four or more.
@@ -149,11 +138,11 @@ class MASF(Strategy):
     Features are what enters the part `head` of the network; embeddings are of the mean
     feature of each class in each example.
 
-    Exchanges: 3 per step, 2 per round. `sync: step` equals the pooled method in which
+    Exchanges: 3 per step, 3 per round. `sync: step` equals the pooled method in which
     each site's batch passes the network by itself. With `sync: round` the meta-train
-    sites take the round's local steps on the task from w; then all take as many on
-    beta1 l_global + beta2 l_local from w' = their mean, against rows and proxies of
-    the round before, and w becomes the mean.
+    sites take the round's local steps on the task from w; at w' = their mean all sites
+    compute the meta gradient, as in a step, on one batch, and w becomes w' moved along
+    it once, by an optimiser of its own (`meta_lr_factor`).
 
     Leaves the site:
         Gradient: of the network at w (meta-train sites), then of network and metric
@@ -163,7 +152,7 @@ class MASF(Strategy):
         depends on classes only.
         Embedding: with `clustering: exact`, in the statistic's place and with it: one
         vector and its class for each class of each example of the batch.
-        Weights: shared entries (`sync: round`), beside them the ClassStatistic.
+        Weights: shared entries of meta-train sites (`sync: round`).
     Kept by the site:
         Nothing (an optimiser's memory with `train.optimizer_state: keep`).
 
@@ -202,13 +191,13 @@ class MASF(Strategy):
     num_meta_test: int | None = None
 
     paper: ClassVar[str] = "Dou et al., NeurIPS 2019, arXiv:1910.13580"
-    exchanges: ClassVar = {"step": 3, "round": 2}
+    exchanges: ClassVar = {"step": 3, "round": 3}
     exact: ClassVar[bool] = True
     leaves_site: ClassVar = (
         "Gradient: trainable entries and normalisation statistics",
         "ClassStatistic: C x C log-probabilities, mean embeddings of classes",
         "Embedding: with clustering: exact, a vector for each class of each example",
-        "Weights: shared entries; beside them in sync: round the ClassStatistic",
+        "Weights: shared entries after local training",
     )
 
     def __post_init__(self) -> None:
@@ -228,12 +217,6 @@ class MASF(Strategy):
             if not fits:
                 seen = getattr(self, name)
                 raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
-        if self._clusters.is_exact and self.sync == "round":
-            raise ConfigError(
-                "strategy.clustering is exact, and strategy.sync is round: embeddings "
-                "of single examples can only be compared in the step that made them",
-                hint="Set strategy.clustering: proxy, or strategy.sync: step.",
-            )
 
     @property
     def _aligns(self) -> Alignment:
@@ -288,27 +271,47 @@ class MASF(Strategy):
         if (task := mean_over(tasks, weights)) is None:
             return server
         ahead = self._update.ahead(server, task, self.inner_lr)
-        told: Mapping[SiteId, State] = {}
-        if self.alignment_weight or self.clustering_weight:
-            replies = yield _both(episode, cohort).ask(
-                self.statistic, weights=ahead.shared, index=index
-            )
-            told = weighted_states(states_of(replies, "state"), weights)
-        metas: Replies = {}
-        if _has_both(episode, told):
-            request = cohort.select(tuple(told)).ask(
-                self.meta_gradient,
-                weights=ahead.shared,
-                index=index,
-                by_site=self._second_half(told, episode, weights),
-            )
-            # A site that shares no class with the others has next to no gradient.
-            metas = yield request.expecting(alike=False)
-        meta = sum_of_parts(states_of(metas, "state")) if metas else None
-        server = self._update.apply(server, task, meta)
-        buffers = {**states_of(tasks, "buffers"), **states_of(metas, "buffers")}
-        statistics = server.merge(buffers, {site: weights[site] for site in buffers})
-        return server.with_shared(statistics)
+        metas = yield from self._judged(ahead, episode, weights, index)
+        server = self._update.apply(server, task, _sum(metas))
+        return _with_statistics(server, {**tasks, **metas}, weights)
+
+    def round(self, server: Server, cohort: Cohort) -> ServerHalf:
+        """Local steps of the meta-train sites, then one step on the meta loss."""
+        episode, weights = self._episode(cohort, 0), self.weights_of(cohort)
+        tasks = yield episode.meta_train.ask(self.training, weights=server.shared)
+        if not any_weighted(tasks, weights):
+            return server
+        server = merged(server, tasks, weights)
+        # On a batch that nobody has trained on in this round.
+        metas = yield from self._judged(server, episode, weights, cohort.steps)
+        if (meta := _sum(metas)) is None:
+            return server
+        server = self._update.judge(server, meta)
+        return _with_statistics(server, metas, weights)
+
+    def _judged(
+        self,
+        ahead: Server,
+        episode: Episode,
+        weights: Mapping[SiteId, float],
+        index: int,
+    ) -> Generator[Exchange, Replies, Replies]:
+        """Both halves of the meta loss at w'; gives the gradients that came back."""
+        if not (self.alignment_weight or self.clustering_weight):
+            return {}
+        both = episode.both
+        replies = yield both.ask(self.statistic, weights=ahead.shared, index=index)
+        told = weighted_states(states_of(replies, "state"), weights)
+        if not _has_both(episode, told):
+            return {}
+        request = both.select(tuple(told)).ask(
+            self.meta_gradient,
+            weights=ahead.shared,
+            index=index,
+            by_site=self._second_half(told, episode, weights),
+        )
+        # A site that shares no class with the others has next to no gradient.
+        return (yield request.expecting(alike=False))
 
     def _second_half(
         self,
@@ -435,100 +438,10 @@ class MASF(Strategy):
         metric = passed.model.get_submodule(METRIC)
         return embed(metric, features_BF, masks_BL)
 
-    def round(self, server: Server, cohort: Cohort) -> ServerHalf:
-        """Local steps on the task, then of all sites on the meta loss."""
-        episode, weights = self._episode(cohort, 0), self.weights_of(cohort)
-        tasks = yield episode.meta_train.ask(self.training, weights=server.shared)
-        if not any_weighted(tasks, weights):
-            return server
-        ahead = merged(server, tasks, weights)
-        if not (self.alignment_weight or self.clustering_weight):
-            return ahead
-        both = _both(episode, cohort)
-        metas = yield both.ask(
-            self.meta_training,
-            weights=ahead.shared,
-            by_site=self._targets(server, episode, weights),
-        )
-        if not any_weighted(metas, weights):
-            return ahead
-        after = merged(ahead, metas, weights)
-        if not (self.alignment_weight or self._clusters.by_proxies):
-            return after
-        told = weighted_states(told_with(metas), weights)
-        return after.remember(**self._banks(server, told))
-
-    def _targets(
-        self, server: Server, episode: Episode, weights: Mapping[SiteId, float]
-    ) -> dict[SiteId, dict[str, Any]]:
-        """What was told before: mean rows of the other group, proxies of all others."""
-        groups = (episode.meta_train.site_ids, episode.meta_test.site_ids)
-        sites = [site for group in groups for site in group if weights[site] > 0]
-        whole = sum(weights[site] for site in sites)
-        bank = server.memory.get(_ROW_BANK, {})
-        proxies = from_bank(server.memory.get(_PROXY_BANK, {}))
-        content = {}
-        for own, other in (groups, groups[::-1]):
-            rows = mean_rows(bank, [s for s in other if weights[s] > 0])
-            for site in own:
-                # The server's mean multiplies by the site's share.
-                factor = whole / weights[site] if weights[site] > 0 else 0.0
-                size = sum(weights[s] > 0 for s in own)
-                content[site] = {
-                    "target": rows,
-                    "pull": self.alignment_weight * factor / max(1, size),
-                    "others": others_of(proxies, site),
-                }
-        return content
-
-    def _banks(self, server: Server, told: Mapping[SiteId, State]) -> dict[str, State]:
-        rows, proxies = (
-            dict(server.memory.get(name, {})) for name in (_ROW_BANK, _PROXY_BANK)
-        )
-        if self.alignment_weight:
-            rows = updated_bank(rows, rows_to_bank(told), momentum=0.0)
-        if self._clusters.by_proxies:
-            proxies = updated_bank(proxies, to_bank(told), momentum=0.0)
-        return {_ROW_BANK: rows, _PROXY_BANK: proxies}
-
     @at_site
     def training(self, site: SiteContext, weights: State) -> Outcome:
         """Local steps on the task from w."""
         return local_training(site, weights)
-
-    @at_site
-    def meta_training(
-        self,
-        site: SiteContext,
-        weights: State,
-        target: State,
-        pull: float,
-        others: State,
-    ) -> Outcome:
-        """Local steps on the meta loss from w', against what others told before."""
-        rows: list[RowTally] = []
-        tallies: list[Tally] = []
-
-        def objective(passed: Pass, task: Tensor) -> Tensor:
-            del task
-            rows.append(self._tallied(passed))
-            total = pull * self._aligns.pull(rows[-1], target)
-            if self.clustering_weight:
-                embedded = self._embedded(passed)
-                tallies.append(Tally.of(embedded))
-                local = self._clusters.here(embedded, others)
-                total = total + self.clustering_weight * local
-            return total
-
-        done = train_on_passes(site, weights, objective, layers=self._layers)
-        parts = []
-        if self.alignment_weight:
-            parts.append(self._aligns.told(RowTally.total(rows), passes=done.passes))
-        if self._clusters.by_proxies:
-            parts.append(Tally.total(tallies).told(self.min_count, passes=done.passes))
-        if not parts:
-            return trained_outcome(site, done.model, done.result)
-        return trained_outcome_with(site, done.model, done.result, joined(*parts))
 
     def pooled_step(self, pool: PooledTraining, index: int) -> None:
         """Both halves of the episode in one process, all sites at hand."""
@@ -541,8 +454,7 @@ class MASF(Strategy):
                 pool, task, lr=self.inner_lr, max_norm=self.tensor_clip
             )
             leaves |= metric_parameters(pool)
-            both = _both(episode, pool.cohort)
-            passes = passes_at(pool, both, index, weights=leaves)
+            passes = passes_at(pool, episode.both, index, weights=leaves)
             loss = self._pooled_meta_loss(pool, episode, passes)
             meta = gradient_at(loss, leaves)
         take_steps(pool, task, meta, self._update)
@@ -567,10 +479,22 @@ class MASF(Strategy):
         return torch.stack(terms).sum()
 
 
-def _both(episode: Episode, cohort: Cohort) -> Cohort:
-    """All sites of an episode."""
-    names = {*episode.meta_train.site_ids, *episode.meta_test.site_ids}
-    return cohort.select(tuple(sorted(names)))
+def _sum(metas: Replies) -> State | None:
+    return sum_of_parts(states_of(metas, "state")) if metas else None
+
+
+def _with_statistics(
+    server: Server, replies: Replies, weights: Mapping[SiteId, float]
+) -> Server:
+    """The server with the normalisation statistics of gradients merged."""
+    buffers = {
+        site: reply.buffers for site, reply in replies.items() if weights[site] > 0
+    }
+    if not buffers:
+        return server
+    return server.with_shared(
+        server.merge(buffers, {site: weights[site] for site in buffers})
+    )
 
 
 def _has_both(episode: Episode, told: Mapping[SiteId, State]) -> bool:

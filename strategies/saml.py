@@ -257,12 +257,9 @@ class SAML(Strategy):
             num_meta_test=self.num_meta_test,
         )
 
-    def _judges(self, episode: Episode, cohort: Cohort) -> Cohort:
+    def _judges(self, episode: Episode) -> Cohort:
         """The sites that L_meta needs."""
-        names = set(episode.meta_test.site_ids)
-        if self.smooth_weight:
-            names |= set(episode.meta_train.site_ids)
-        return cohort.select(tuple(sorted(names)))
+        return episode.both if self.smooth_weight else episode.meta_test
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Inner step on the meta-train sites, judged by the meta-test sites."""
@@ -273,7 +270,7 @@ class SAML(Strategy):
         if (task := mean_over(tasks, weights)) is None:
             return server
         ahead = self._update.ahead(server, task, self.inner_lr)
-        judges = self._judges(episode, cohort)
+        judges = self._judges(episode)
         told: Mapping[SiteId, State] = {}
         if self._clusters.is_exact or self._clusters.by_proxies:
             replies = yield judges.ask(
@@ -484,7 +481,7 @@ class SAML(Strategy):
         task = task_gradient(pool, episode.meta_train, index)
         leaves = stepped_ahead(pool, task, lr=self.inner_lr, max_norm=self.tensor_clip)
         leaves |= metric_parameters(pool)
-        judges = self._judges(episode, pool.cohort)
+        judges = self._judges(episode)
         passes = passes_at(pool, judges, index, weights=leaves)
         total = sum(pool.weights[site] for site in episode.meta_test.site_ids)
         terms = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmed.losses.distillation import class_logit_sums, soft_confusion, symmetric_kl
 from fedmed.message import SiteId, State
 from fedmed.training.coupled import NOTHING_TOLD, Measured
-from fedmed.training.statistic_bank import PRESENT, banked, banked_sites
+from fedmed.training.statistic_bank import PRESENT
 
 ROWS = "rows"
 
@@ -39,15 +39,6 @@ class RowTally:
         """Add up one batch's."""
         return cls(*class_logit_sums(logits_BL, labels_B, int(logits_BL.shape[1])))
 
-    @classmethod
-    def total(cls, parts: Iterable[RowTally]) -> RowTally:
-        """Several batches' together, without their graphs."""
-        listed = list(parts)
-        return cls(
-            torch.stack([part.sums_LL.detach() for part in listed]).sum(dim=0),
-            torch.stack([part.counts_L for part in listed]).sum(dim=0),
-        )
-
 
 @dataclass(frozen=True)
 class Alignment:
@@ -63,20 +54,14 @@ class Alignment:
     temperature: float
     min_count: int
 
-    def told(self, tally: RowTally, *, passes: int = 1) -> Measured:
-        """Log-probabilities of the rows that may be told; nothing of the others.
-
-        Args:
-            tally: Of a batch, or of several.
-            passes: How often each voxel was counted.
-        """
-        rows_LL = self._log_rows(tally)
-        behind_L = tally.counts_L // passes
-        present_L = behind_L >= self.min_count
+    def told(self, tally: RowTally) -> Measured:
+        """Log-probabilities of the rows that may be told; nothing of the others."""
+        rows_LL = soft_confusion(tally.sums_LL, tally.counts_L, self.temperature)
+        present_L = tally.counts_L >= self.min_count
         return Measured(
             values={ROWS: rows_LL.masked_fill(~present_L.unsqueeze(1), 0.0)},
             facts={PRESENT: present_L.to(rows_LL)},
-            min_count=min(behind_L[present_L].tolist(), default=NOTHING_TOLD),
+            min_count=min(tally.counts_L[present_L].tolist(), default=NOTHING_TOLD),
         )
 
     def over_pairs(
@@ -109,49 +94,6 @@ class Alignment:
             if one in told and other in told
         ]
         return self.weight * torch.stack(terms).mean()
-
-    def pull(self, tally: RowTally, target: State) -> Tensor:
-        """Distance of a batch's rows from constant ones, unweighted.
-
-        Args:
-            tally: Of the batch, differentiable.
-            target: As `mean_rows` gives it; {} = nothing to be pulled to.
-        """
-        if not target:
-            return 0.0 * tally.sums_LL.sum()
-        goal_LL = target[ROWS].to(tally.sums_LL)
-        return _distance(
-            self._log_rows(tally),
-            # Rows that nobody told hold zeros, and are masked.
-            goal_LL.clamp(min=torch.finfo(goal_LL.dtype).tiny).log(),
-            (tally.counts_L >= self.min_count)
-            & (target[PRESENT].to(goal_LL.device) > 0.5),
-        )
-
-    def _log_rows(self, tally: RowTally) -> Tensor:
-        return soft_confusion(tally.sums_LL, tally.counts_L, self.temperature)
-
-
-def rows_to_bank(told: Mapping[SiteId, State]) -> dict[SiteId, State]:
-    """Rows as `updated_bank` takes them: probabilities, which can be averaged."""
-    return {
-        site: {ROWS: state[ROWS].softmax(dim=1), PRESENT: state[PRESENT]}
-        for site, state in told.items()
-    }
-
-
-def mean_rows(bank: State, partners: Iterable[SiteId]) -> State:
-    """Average the banked rows of some sites, class by class; {} if there is none."""
-    listed = banked_sites(bank)
-    held = [banked(bank, site) for site in partners if site in listed]
-    if not held:
-        return {}
-    marks_SL = torch.stack([state[PRESENT] for state in held])
-    rows_SLL = torch.stack([state[ROWS] for state in held])
-    counts_L = marks_SL.sum(dim=0)
-    sums_LL = (marks_SL.unsqueeze(2) * rows_SLL).sum(dim=0)
-    mean_LL = sums_LL / counts_L.clamp(min=1).unsqueeze(1)
-    return {ROWS: mean_LL, PRESENT: (counts_L > 0).to(mean_LL)}
 
 
 def _distance(log_p_LL: Tensor, log_q_LL: Tensor, mask_L: Tensor) -> Tensor:

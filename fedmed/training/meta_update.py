@@ -30,8 +30,8 @@ class MetaUpdate:
             its own for each.
         tensor_clip: Largest L2 norm of any one tensor of the inner step's gradient, and
             of the meta gradient; None = unlimited.
-        meta_lr_factor: Learning rate of the meta step, in units of the study's; only
-            for "split".
+        meta_lr_factor: Learning rate of the meta step, in units of the study's; where
+            it is a step of its own.
         metric_lr_factor: The same for the metric network, which always has an
             optimiser of its own.
     """
@@ -57,18 +57,23 @@ class MetaUpdate:
         """
         if meta is None:
             return server.descend(task)
+        if self.mode == "split":
+            return self.judge(server.descend(task), meta)
         network, metric = split_metric(meta)
         network = clip_each(network, self.tensor_clip)
-        if self.mode == "joint":
-            server = server.descend(along(task, 1.0, network))
-        else:
-            server = server.descend(task)
-            server = self._descend(server, network, META_OPTIMIZER, self.meta_lr_factor)
-        if metric:
-            server = self._descend(
-                server, metric, METRIC_OPTIMIZER, self.metric_lr_factor
-            )
-        return server
+        return self._embed(server.descend(along(task, 1.0, network)), metric)
+
+    def judge(self, server: Server, meta: State) -> Server:
+        """Move the server's weights along a meta gradient alone."""
+        network, metric = split_metric(meta)
+        network = clip_each(network, self.tensor_clip)
+        server = self._descend(server, network, META_OPTIMIZER, self.meta_lr_factor)
+        return self._embed(server, metric)
+
+    def _embed(self, server: Server, metric: State) -> Server:
+        if not metric:
+            return server
+        return self._descend(server, metric, METRIC_OPTIMIZER, self.metric_lr_factor)
 
     def _descend(
         self, server: Server, gradient: State, memory: str, factor: float

@@ -18,6 +18,7 @@ def test_the_groups_are_disjoint_and_sorted_and_use_every_site(number):
     episode = draw_episode(cohort_of(number), 0)
     train, test = episode.meta_train.site_ids, episode.meta_test.site_ids
     assert not set(train) & set(test)
+    assert episode.both.site_ids == cohort_of(number).site_ids
     assert sorted({*train, *test}) == list(cohort_of(number).site_ids)
     assert list(train) == sorted(train)
     assert list(test) == sorted(test)

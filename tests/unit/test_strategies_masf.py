@@ -55,40 +55,40 @@ def fedsgd_on(site_ids, sync="step"):
     )  # fmt: skip
 
 
-def test_with_both_weights_0_it_is_fedsgd_on_the_meta_train_sites(tmp_path):
+@pytest.mark.parametrize("sync", ["step", "round"])
+def test_with_both_weights_0_it_is_fedavg_on_the_meta_train_sites(tmp_path, sync):
     nothing = {"alignment_weight": 0.0, "clustering_weight": 0.0}
-    study = study_of(strategy=nothing, rounds=1, train=ONE_STEP)
+    study = study_of(sync, strategy=nothing, rounds=1, train=ONE_STEP)
     found = runs.run(study, tmp_path / "a")
     assert found.rounds[0]["exchanges"] == 1 + 1
     train = episode_of(study).meta_train.site_ids
-    expected = runs.run(fedsgd_on(train), tmp_path / "b")
+    expected = runs.run(fedsgd_on(train, sync), tmp_path / "b")
     torch.testing.assert_close(
         weights_of(found), weights_of(expected), rtol=0, atol=1e-7
     )
 
 
-def test_the_first_round_is_fedavg_on_the_meta_train_sites(tmp_path):
-    """Nobody has told anything yet that a loss could be against."""
-    study = study_of("round", rounds=1, train=ONE_STEP)
-    found = runs.run(study, tmp_path / "a")
-    train = episode_of(study).meta_train.site_ids
-    expected = runs.run(fedsgd_on(train, "round"), tmp_path / "b")
-    torch.testing.assert_close(
-        weights_of(found), weights_of(expected), rtol=0, atol=1e-7
-    )
-
-
-@pytest.mark.parametrize("term", ["alignment_weight", "clustering_weight"])
-def test_from_the_second_round_on_each_term_pulls(tmp_path, term):
-    other = {"alignment_weight": "clustering_weight"}.get(term, "alignment_weight")
-    servers = []
-    for value in (1e-6, 1.0):
-        study = study_of("round", strategy={term: value, other: 0.0})
-        servers.append(runs.run(study, tmp_path / str(value)))
-    name = "decoder.levels.0.conv1.weight"
-    first, second = ([s.server(n)[name] for s in servers] for n in (1, 2))
-    assert torch.equal(*first)
-    assert (second[0] - second[1]).abs().max() > 1e-5
+@pytest.mark.parametrize("clustering", GRADES)
+def test_a_round_ends_with_one_meta_step_at_the_trained_weights(clustering):
+    """w' - lr (sum of the meta gradients at w', on the batch after the round's)."""
+    changed = {"clustering": clustering, "meta_lr_factor": 2.0, "metric_lr_factor": 3.0}
+    ward = runs.Ward(study_of("round", strategy=changed))
+    cohort, lr = ward.cohort(), ward.server.optimizer.lr
+    half = ward.strategy.run_round(ward.server, cohort)
+    tasks = ward.answer(next(half))
+    told = half.send(tasks)
+    assert told.content["index"] == cohort.steps
+    request = half.send(ward.answer(told))
+    metas = ward.answer(request)
+    with pytest.raises(StopIteration) as end:
+        half.send(metas)
+    for name in ward.server.trainable():
+        trained = sum(reply.state[name] for reply in tasks.values()) / len(tasks)
+        torch.testing.assert_close(told.content["weights"][name], trained)
+        factor = 3.0 if name.startswith("metric.") else 2.0
+        step = factor * lr * sum(reply.state[name] for reply in metas.values())
+        found = end.value.value.shared[name]
+        torch.testing.assert_close(found, trained - step, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,8 @@ def test_it_trains_classifiers(tmp_path, clustering, metric_loss):
 
 
 def test_it_trains_classifiers_in_rounds(tmp_path):
-    result = runs.run(study_of("round", base=runs.TABLE), tmp_path)
+    changed = {"clustering": "exact"}
+    result = runs.run(study_of("round", base=runs.TABLE, strategy=changed), tmp_path)
     assert [record["round"] for record in result.rounds] == [1, 2]
 
 
@@ -316,7 +317,6 @@ def test_it_equals_the_pooled_method_for_classification():
         {"tensor_clip": 0.0},
         {"meta_lr_factor": 0.0},
         {"metric_lr_factor": 0.0},
-        {"clustering": "exact", "sync": "round"},
         {"clustering": "none"},
         {"metric_loss": "cosine"},
         {"update_mode": "both"},
