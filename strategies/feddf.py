@@ -69,6 +69,8 @@ class FedDF(Strategy):
 
     Differs from the source:
         A fixed number of steps, not up to 10,000 until a validation score stands still.
+        The published learning rate is 1e-3; Adam's first steps are as long as that in
+        every weight, and few steps do not make good for them.
         Batch-norm running statistics of the average are merged by the law of total
         variance. The published method learns with `statistics: public`, on images like
         the clients'; after it a network is tuned to the scanner of the public images.
@@ -76,7 +78,7 @@ class FedDF(Strategy):
 
     sync: Sync = "round"
     distillation_steps: int = 20
-    distillation_lr: float = 1e-3
+    distillation_lr: float = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     temperature: float = 1.0
     statistics: Statistics = "own"
