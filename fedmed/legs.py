@@ -195,7 +195,8 @@ def study_of(
         sites: All sites of the study, if the leg trains on one of them alone.
 
     Raises:
-        ConfigError: If the method does not exist, or an option is none of its.
+        ConfigError: If the method does not exist, an option is none of its, or it
+            cannot train at one site.
     """
     name, given = read_method(leg.strategy)
     before = dict(content.get("strategy", {}))
@@ -217,7 +218,13 @@ def study_of(
         split["held_out"] = [site for site in sites if site != leg.trained_on]
     changed["split"] = split
     own = study_from_dict(changed, where=f"the study for {leg.strategy}")
-    load_strategy(own.strategy.name, own.strategy.options)
+    strategy = load_strategy(own.strategy.name, own.strategy.options)
+    if leg.trained_on is not None and hasattr(strategy, "num_meta_test"):
+        raise ConfigError(
+            f"{leg.strategy} lets hospitals judge what others taught; under cross_site "
+            "one trains alone",
+            hint="Run it with --protocol leave_one_site_out, into the same --out.",
+        )
     return own
 
 

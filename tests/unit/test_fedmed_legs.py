@@ -89,6 +89,12 @@ def test_with_two_sites_training_on_one_is_leaving_the_other_out(
     ]  # fmt: skip
 
 
+def test_methods_of_episodes_cannot_train_at_one_site() -> None:
+    leg = Leg("mldg", 0, None, "", trained_on="s")
+    with pytest.raises(ConfigError, match="under cross_site one trains alone"):
+        legs.study_of(CONTENT, study(), leg, sites=["s", "t"])
+
+
 @pytest.mark.parametrize("protocol", ["leave_one_site_out", "cross_site"])
 def test_one_site_is_too_few(protocol: Any) -> None:
     with pytest.raises(UsageError, match="needs two sites; the study has 1"):
