@@ -286,7 +286,8 @@ def place_legs(
         if known.get(name, content) not in {content, ""}:
             raise ResumeError(
                 f"{name} was trained on other images, labels or splits",
-                hint="Put the data back as they were, or choose another --out.",
+                hint="Put the data back as they were, or choose another --out. Runs of "
+                "a version that knew other keys of a study need one too.",
             )
         placed[replace(leg, folder=name, content=content)] = study
     return placed

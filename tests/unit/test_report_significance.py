@@ -15,6 +15,7 @@ from scipy.stats import wilcoxon
 
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.significance import (
+    NUM_RESAMPLES,
     Differences,
     _bootstrap_interval,
     choose_reference,
@@ -23,6 +24,8 @@ from fedmed.report.significance import (
     planned_tests,
     wilcoxon_p,
 )
+
+from fedmed.seeds import numpy_rng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 folders = importlib.import_module("report_folders")
@@ -147,6 +150,21 @@ def test_scans_of_one_patient_are_no_further_patients() -> None:
     assert 87 <= hits <= 100
     assert naive < 85
     assert false <= 11
+
+
+def test_patients_are_drawn_with_all_of_their_cases() -> None:
+    """Davison and Hinkley 1997, 3.8: the mean over the cases of the drawn patients."""
+    cases = {0: [0.3, 0.1, 0.2], 1: [-0.4], 2: [0.5, 0.9], 3: [0.0]}
+    patients = [p for p, values in cases.items() for _ in values]
+    values = np.array([v for found in cases.values() for v in found])
+    low, high = _bootstrap_interval({"x": Differences(values, np.array(patients))})
+    rng = numpy_rng(0, "report", "bootstrap", "x")
+    draws = [
+        np.mean([v for patient in row for v in cases[int(patient)]])
+        for row in rng.integers(4, size=(NUM_RESAMPLES, 4))
+    ]
+    expected = np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose((low, high), expected, atol=1e-12)
 
 
 def test_a_patients_cases_are_one_unit_of_the_test(compared: Path) -> None:
