@@ -24,7 +24,6 @@ from fedmed.report.significance import (
     planned_tests,
     wilcoxon_p,
 )
-
 from fedmed.seeds import numpy_rng
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
