@@ -111,7 +111,7 @@ def load_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     fields = {f.name for f in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
-            asked = did_you_mean(key, fields)
+            asked = did_you_mean(key, fields | {"name"})
             raise ConfigError(f"unknown key 'strategy.{key}' for {name}{asked}")
     strategy = cls(**_convert(cls, given))
     if strategy.sync not in cls.syncs:

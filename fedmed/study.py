@@ -382,7 +382,7 @@ def study_from_dict(content: Mapping[str, Any], *, where: str = "the study") -> 
     try:
         return Study.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem) for problem in _causes(error.errors())]
         more = [f"and {len(lines) - MAX_TOLD} more"] if len(lines) > MAX_TOLD else []
         raise ConfigError(f"{where}: " + "; ".join(lines[:MAX_TOLD] + more)) from None
 
@@ -477,6 +477,16 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Leave out lists that are too short only because their items are wrong."""
+    inner = {problem["loc"][:-1] for problem in problems}
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short" or problem["loc"] not in inner
+    ]
 
 
 def _explain(problem: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import textwrap
 from typing import Any
 
 import typer
@@ -83,7 +84,10 @@ def _price(facts: dict[str, Any]) -> str:
         if facts[f"exchanges_per_{unit}"] is not None
     ]
     more = facts["first_round_exchanges"]
-    once = [f"{count} more a run with sync: {sync}" for sync, count in more.items()]
+    if set(more) == set(facts["sync"]) and len(set(more.values())) == 1:
+        once = [f"{next(iter(more.values()))} more a run"]
+    else:
+        once = [f"{count} more a run with sync: {sync}" for sync, count in more.items()]
     return "; ".join([" / ".join(costs), *once])
 
 
@@ -118,19 +122,18 @@ def _print_parts(network: NetworkSize) -> None:
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("strategy", "exact", "exchanges", "leaves the site", "kept", "paper"):
-        table.add_column(title, overflow="fold")
+    """One block a method: a table of six columns breaks words on most terminals."""
     for facts in found:
-        table.add_row(
-            facts["name"],
-            "yes" if facts["exact"] else "",
-            _price(facts),
-            "; ".join(facts["leaves_site"]),
-            "; ".join(facts["kept_by_site"]),
-            facts["paper"],
-        )
-    Console().print(table)
+        typer.echo(f"{facts['name']}: {facts['paper']}")
+        _print_fact("exact", "with sync: step" if facts["exact"] else "")
+        _print_fact("exchanges", _price(facts))
+        _print_fact("leaves the site", "; ".join(facts["leaves_site"]))
+        _print_fact("stays", "; ".join(facts["kept_by_site"]))
+
+
+def _print_fact(heading: str, told: str) -> None:
+    if told:
+        first = f"  {heading:<16}"
+        later = " " * len(first)
+        lines = textwrap.wrap(told, 79, initial_indent=first, subsequent_indent=later)
+        typer.echo("\n".join(lines))

@@ -189,12 +189,19 @@ def test_missing_study_names_the_nearest(fedmed, work):
         ("=3", "not of the form key=value"),
         ("train.batch_size.x=3", "holds a value"),
         ("tarin.batch_size=3", "did you mean 'train'"),
+        ("strategy.nme=fedbn", "did you mean 'name'"),
         ("rounds=[1", "not YAML"),
     ],
 )
 def test_wrong_override(fedmed, work, override, words):
     study = line.write_study(work)
     assert words in fedmed("run", study, override).refused(USAGE)
+
+
+def test_a_wrong_item_of_a_list_is_told_once(fedmed, work):
+    study = line.write_study(work)
+    told = fedmed("run", study, "evaluate.unseen=[adbn]").refused(USAGE)
+    assert told.endswith("(seen: 'adbn')"), told
 
 
 @pytest.mark.parametrize(

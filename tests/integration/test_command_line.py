@@ -126,7 +126,9 @@ def test_strategies(fedmed):
         assert each["paper"] in told.out
     shown = fedmed("strategies")
     assert shown.code == 0
-    assert all(name in shown.out for name in names)
+    assert all(f"\n{name}: " in f"\n{shown.out}" for name in names)
+    assert all(len(each) < 80 for each in shown.out.splitlines())
+    assert "normalisation statistics" in " ".join(shown.out.split())
 
 
 def test_sites(fedmed):
