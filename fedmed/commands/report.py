@@ -51,7 +51,7 @@ def tell(folder: Path, page: Path, record: Mapping[str, Any], *, as_json: bool) 
         table.notes,
     )
     if transfer is not None:
-        title, notes = transfer.title, transfer.notes
+        title, notes = transfer.title, transfer.text_notes
         print_table(title, transfer.header, transfer.text_rows(), notes)
     if published is not None:
         title = published.source.title
@@ -73,7 +73,7 @@ def print_table(
     shown = RichTable(title=escape(title))
     for index, name in enumerate(header):
         justify: Literal["left", "right"] = "left" if index == 0 else "right"
-        shown.add_column(name, justify=justify, no_wrap=True)
+        shown.add_column(escape(name), justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*map(escape, row))
     console = Console()

@@ -133,13 +133,19 @@ def settings_grid(comparison: Comparison) -> Grid:
 
 
 def merged_data(comparison: Comparison) -> Mapping[str, Mapping[str, Any]]:
-    """Put together what the runs say of each site; the first that speaks is heard."""
+    """Put together what the runs say of each site.
+
+    The first that speaks is heard, of runs that trained there if there are any.
+    """
     merged: dict[str, dict[str, Any]] = {}
     for entry in comparison.entries:
         for site, facts in (entry.run.study.get("data") or {}).items():
-            known = merged.setdefault(str(site), dict(facts or {}))
-            left_out = {**(facts or {}).get("quarantined", {})}
-            known["quarantined"] = {**left_out, **(known.get("quarantined") or {})}
+            told, known = dict(facts or {}), merged.get(str(site), {})
+            left_out = dict(told.get("quarantined") or {})
+            left_out |= known.get("quarantined") or {}
+            trains_now = told.get("num_train") and not known.get("num_train")
+            heard = told if trains_now or not known else known
+            merged[str(site)] = {**heard, "quarantined": left_out}
     return merged
 
 

@@ -161,11 +161,12 @@ def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:
             f"No run of “{ALONE}” (each site training alone) is in this folder, "
             "so the gain over training alone is not known."
         )
+    alone = [row.label for row in rows if row.trained_on is not None]
+    if alone:
+        notes.append(f"{listing(alone)}: “Overall” is over the sites never seen.")
     for row in rows:
         aside = [site for site in row.cells if site not in row.overall_sites]
-        if aside and row.trained_on is not None:
-            notes.append(f"{row.label}: “Overall” is over the sites that it never saw.")
-        elif aside:
+        if aside and row.trained_on is None:
             notes.append(
                 f"{row.label}: “Overall” is over the sites that trained; "
                 f"{listing(aside)} was held out and is shown beside it."

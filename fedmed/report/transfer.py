@@ -49,8 +49,15 @@ class TransferTable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that say how to read it, and what it comes to."""
+        """Sentences that say how to read the page's table, and what it comes to."""
         known = "On the diagonal a site's own test cases; elsewhere all of its cases."
+        best = "Bold: the highest of a site that the model never saw."
+        return (f"{known} {best}", *self.gaps)
+
+    @property
+    def text_notes(self) -> tuple[str, ...]:
+        """Sentences that say how to read `text_rows`, and what they come to."""
+        known = "*: the site's own test cases; elsewhere all of its cases."
         return (known, *self.gaps)
 
     @property
@@ -99,7 +106,7 @@ class TransferTable:
             "title": self.title,
             "header": list(self.header),
             "rows": [list(row) for row in self.text_rows()],
-            "notes": list(self.notes),
+            "notes": list(self.text_notes),
         }
 
     def _gap(self, strategy: str) -> str:

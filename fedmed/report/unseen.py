@@ -69,7 +69,8 @@ def unseen_table(comparison: Comparison) -> UnseenTable | None:
     score = "Balanced accuracy" if is_classified else "Dice"
     caption = f"Hospitals that took no part: {score} in per cent, by rule"
     header = ("Strategy", "Rule", *sites)
-    notes = (*_needs(rules), *_nearest(comparison), *_not_shared(comparison))
+    bold = ("Bold: the rule that a method does best with.",) if len(rules) > 1 else ()
+    notes = (*bold, *_needs(rules), *_nearest(comparison), *_not_shared(comparison))
     return UnseenTable(Grid(caption, header, tuple(lines), num_text=2), notes)
 
 

@@ -40,6 +40,7 @@ def test_test_sites_downwards_training_sites_across() -> None:
         ("mean of unseen sites", "60.00", "50.00", "67.50"),
     )
     assert "85.00 % there and 55.00 % at the other sites" in found.notes[1]
+    assert found.text_notes[0].startswith("*: ")
 
 
 def test_bold_is_the_best_that_never_saw_the_site() -> None:
