@@ -196,13 +196,25 @@ def drawn_centres(statistic: State, noise_BD: Tensor, *, channels: int) -> Tenso
     Returns:
         (B, C, n, n), float32.
     """
-    covariance_DD = statistic[COVARIANCE].double()
-    size = len(covariance_DD)
-    # Few examples span few directions; the rest gets next to nothing.
-    jitter = _JITTER * float(covariance_DD.trace()) / size + _JITTER**2
-    root_DD = torch.linalg.cholesky(covariance_DD + jitter * torch.eye(size).double())
+    root_DD = _root(statistic[COVARIANCE].double())
     logs_BD = statistic[MEAN].double() + noise_BD.double() @ root_DD.T
     return mirrored(logs_BD.exp().float().reshape(len(logs_BD), channels, -1))
+
+
+def _root(covariance_DD: Tensor) -> Tensor:
+    """Lower triangular root of a covariance that may be rounded, or of few examples."""
+    size = len(covariance_DD)
+    # Few examples span few directions; the rest gets next to nothing.
+    jitter = _JITTER * abs(float(covariance_DD.trace())) / size + _JITTER**2
+    identity_DD = torch.eye(size, dtype=covariance_DD.dtype)
+    while True:
+        root_DD, problem = torch.linalg.cholesky_ex(
+            covariance_DD + jitter * identity_DD
+        )
+        if not int(problem):
+            return root_DD
+        # Of many frequencies, 32 bits round some direction below zero.
+        jitter *= 10
 
 
 def _logs(centres_NC: Tensor) -> Tensor:
