@@ -208,9 +208,9 @@ def _root(covariance_DD: Tensor) -> Tensor:
     jitter = _JITTER * abs(float(covariance_DD.trace())) / size + _JITTER**2
     identity_DD = torch.eye(size, dtype=covariance_DD.dtype)
     while True:
-        root_DD, problem = torch.linalg.cholesky_ex(
-            covariance_DD + jitter * identity_DD
-        )
+        lifted_DD = covariance_DD + jitter * identity_DD
+        root_DD: Tensor
+        root_DD, problem = torch.linalg.cholesky_ex(lifted_DD)
         if not int(problem):
             return root_DD
         # Of many frequencies, 32 bits round some direction below zero.
