@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedmed.errors import ConfigError
 from fedmed.message import State
-from fedmed.optimizer import memory_like, step_in_place
+from fedmed.optimizer import clip, memory_like, step_in_place
 from fedmed.payload import Weights
 from fedmed.strategy import (
     Cohort,
@@ -119,6 +119,7 @@ class PerFedAvg(Strategy):
         losses = []
         for index in range(site.steps):
             gradient, loss = self._meta_gradient(site, model, index)
+            gradient = clip(gradient, site.trainer.clip_norm)
             step_in_place(named, gradient, optimizer_at(site, index), memory)
             losses.append(loss)
         payload = Weights(

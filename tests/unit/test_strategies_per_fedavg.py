@@ -47,6 +47,19 @@ def test_one_step_is_the_same_in_both_modes(tmp_path, sync):
             torch.testing.assert_close(tensor, again.shared[name], rtol=0, atol=1e-6)
 
 
+def test_local_steps_heed_the_largest_norm_of_a_gradient():
+    limited = runs.make_study(
+        runs.IMAGE, "per_fedavg", train=SGD | {"clip_norm": 1e-3}, strategy={}
+    )
+    ward = runs.Ward(limited)
+    (reply, *_) = ward.answer(
+        next(ward.strategy.run_round(ward.server, ward.cohort()))
+    ).values()
+    moved = [reply.state[n] - w for n, w in ward.server.trainable().items()]
+    length = torch.cat([tensor.reshape(-1) for tensor in moved]).norm()
+    torch.testing.assert_close(float(length), 0.1 * 1e-3, rtol=1e-2, atol=0)
+
+
 def test_a_site_is_evaluated_after_one_step_on_its_own_data(tmp_path):
     plain = runs.run(study_of(inner_lr=0.0), tmp_path / "a")
     ward = runs.Ward(study_of(inner_lr=5.0))
