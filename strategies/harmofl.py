@@ -208,6 +208,8 @@ class HarmoFL(Strategy):
         for index, batch in enumerate(site.batches(0, site.steps)):
             if observes:
                 self._observe(model, batch, is_first=index == 0)
+                # With m = 1 the running mean is the last batch's.
+                num_seen *= self.momentum < 1
                 num_seen += len(batch.images)
             gradient, loss = self._gradient(site, model, batch)
             gradient = clip(gradient, site.trainer.clip_norm)

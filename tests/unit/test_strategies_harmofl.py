@@ -86,6 +86,14 @@ def test_each_site_follows_its_own_batches_in_round_1():
         assert payload.min_count == min(6, payload.num_examples)
 
 
+def test_a_reference_that_is_the_last_batch_s_says_so_to_the_policy():
+    study = study_of(strategy={"momentum": 1.0}, train={"batch_size": 1})
+    ward = runs.Ward(study)
+    half = ward.strategy.run_round(ward.server, ward.cohort())
+    for payload in ward.answer(next(half)).values():
+        assert payload.min_count == 1
+
+
 def test_the_reference_of_single_steps_is_told_before_them(tmp_path):
     recorder = runs.Recorder()
     result = runs.run(study_of(sync="step"), tmp_path, transport=recorder)
