@@ -46,6 +46,7 @@ from fedmed.strategy import (
     at_site,
 )
 from fedmed.training.coupled import (
+    NOTHING_TOLD,
     Measured,
     Pass,
     Statistic,
@@ -272,11 +273,10 @@ class UMMKD(Strategy):
         rows_LL = soft_confusion(tally.sums_LL, tally.counts_L, self.temperature)
         behind_L = tally.counts_L // passes
         present_L = behind_L >= self.min_count
-        told_L = behind_L[present_L] if present_L.any() else behind_L.sum()
         return Measured(
             values={_ROWS: rows_LL.masked_fill(~present_L.unsqueeze(1), 0.0)},
             facts={PRESENT: present_L.to(rows_LL)},
-            min_count=int(told_L.min()),
+            min_count=min(behind_L[present_L].tolist(), default=NOTHING_TOLD),
         )
 
     def round(self, server: Server, cohort: Cohort) -> ServerHalf:

@@ -277,8 +277,9 @@ def from_bank(bank: State) -> dict[SiteId, State]:
 def joined(*parts: Measured) -> Measured:
     """Several statistics as one."""
     counts = [part.min_count for part in parts if part.values and part.min_count]
+    unknown = 0 if any(part.values for part in parts) else NOTHING_TOLD
     return Measured(
         values={name: t for part in parts for name, t in part.values.items()},
         facts={name: t for part in parts for name, t in part.facts.items()},
-        min_count=min(counts, default=0),
+        min_count=min(counts, default=unknown),
     )

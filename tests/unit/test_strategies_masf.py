@@ -171,6 +171,15 @@ def test_a_cautious_policy_refuses_embeddings_and_lets_proxies_pass(tmp_path):
         runs.run(wary, tmp_path / "wary")
 
 
+def test_a_policy_has_nothing_to_refuse_where_nothing_is_told(tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(CAUTIOUS + "min_count: 1000000\n")
+    within = {"alignment_weight": 0.0, "clustering": "within_site"}
+    study = study_of(strategy=within, sites={"policy": str(policy)}, rounds=1)
+    (record,) = runs.run(study, tmp_path / "run").rounds
+    assert not record["failed"]
+
+
 @pytest.mark.parametrize("clustering", GRADES)
 @pytest.mark.parametrize("site", ["a", "b", "c"])
 def test_a_site_lost_between_the_halves_is_out_of_the_sum(site, clustering):

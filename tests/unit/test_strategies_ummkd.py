@@ -192,6 +192,18 @@ def test_a_batch_too_small_for_any_class_is_said_and_not_passed_over(sync):
 
 
 @pytest.mark.parametrize("sync", ["round", "step"])
+def test_a_policy_has_nothing_to_refuse_where_no_class_is_told(tmp_path, sync):
+    """Of 128 pixels no class has 120, and a policy asks for more than there are."""
+    policy = tmp_path / "policy.yaml"
+    kinds = "Card, Metrics, Weights, Gradient, ClassStatistic"
+    policy.write_text(f"allowed_kinds: [{kinds}]\nmin_count: 10000\n")
+    few = {"sites": {"policy": str(policy)}, "train": {"local_steps": 1}}
+    study = study_of("ummkd", sync, options={"min_count": 120}, rounds=1, **few)
+    (record,) = runs.run(study, tmp_path / "run").rounds
+    assert not record["failed"]
+
+
+@pytest.mark.parametrize("sync", ["round", "step"])
 def test_it_trains_classifiers_with_cases_in_the_place_of_voxels(tmp_path, sync):
     study = runs.make_study(
         runs.TABLE, "ummkd", strategy={"sync": sync, "min_count": 1}
