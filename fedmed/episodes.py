@@ -59,11 +59,13 @@ def draw_episode(
     test = num_meta_test or default_meta_test(len(names))
     train = num_meta_train or len(names) - test
     if min(train, test) < 1 or train + test > len(names):
+        more = "train at more sites"
+        if cohort.num_sites > len(names):
+            more = f"raise sites_per_round ({cohort.num_sites} sites train)"
         raise ConfigError(
             f"an episode of {max(train, 1)} meta-train and {test} meta-test sites, "
             f"drawn from {len(names)} training site(s)",
-            hint="Lower strategy.num_meta_test or strategy.num_meta_train, or train "
-            "at more sites.",
+            hint=f"Lower strategy.num_meta_test or strategy.num_meta_train, or {more}.",
         )
     order = numpy_rng(cohort.rng_seed, "episode", index).permutation(len(names))
     drawn = [names[position] for position in order]

@@ -55,3 +55,9 @@ def test_sites_may_stand_idle():
 def test_too_few_sites_are_an_error_that_says_what_to_lower(number, train, test):
     with pytest.raises(ConfigError, match="num_meta_test"):
         draw_episode(cohort_of(number), 0, num_meta_train=train, num_meta_test=test)
+
+
+def test_too_few_sites_of_a_round_are_said_to_be_drawn():
+    drawn = cohort_of(3).select(("site_0",))
+    with pytest.raises(ConfigError, match=r"raise sites_per_round \(3 sites train\)"):
+        draw_episode(drawn, 0)
