@@ -11,17 +11,14 @@ Generalization, AAAI 2018, arXiv:1710.03463, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fedmed.episodes import Episode, draw_episode, mean_over
 from fedmed.errors import ConfigError
 from fedmed.message import State
-from fedmed.reduce import tree_sum
 from fedmed.replies import states_of
 from fedmed.strategy import (
     Cohort,
@@ -35,7 +32,9 @@ from fedmed.strategy import (
 )
 from fedmed.training.curvature import curvature_outcome
 from fedmed.training.local import local_gradient, local_training
-from fedmed.training.pooled import PooledTraining, functional_loss
+from fedmed.training.meta_update import along
+from fedmed.training.pooled import PooledTraining
+from fedmed.training.pooled_episode import mean_loss
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class MLDG(Strategy):
         )
         if (task := mean_over(tasks, weights)) is None:
             return server
-        ahead = server.with_shared(_along(server.shared, -self.inner_lr, task))
+        ahead = server.with_shared(along(server.shared, -self.inner_lr, task))
         metas = yield episode.meta_test.ask(
             self.gradient, weights=ahead.shared, index=index
         )
@@ -111,8 +110,8 @@ class MLDG(Strategy):
                     self.curvature, weights=server.shared, vector=meta, index=index
                 )
                 if (product := mean_over(products, weights)) is not None:
-                    meta = _along(meta, -self.inner_lr, product)
-            direction = _along(task, self.beta, meta)
+                    meta = along(meta, -self.inner_lr, product)
+            direction = along(task, self.beta, meta)
         buffers = {**states_of(tasks, "buffers"), **states_of(metas, "buffers")}
         statistics = server.merge(buffers, {site: weights[site] for site in buffers})
         return server.descend(direction).with_shared(statistics)
@@ -133,7 +132,7 @@ class MLDG(Strategy):
         merged = server.merge(states, {site: weights[site] for site in states})
         judged = server.merge(states_of(metas, "state"), {s: weights[s] for s in metas})
         step = {name: judged[name] - w for name, w in ahead.trainable().items()}
-        moved = _along(ahead.trainable(), self.beta, step)
+        moved = along(ahead.trainable(), self.beta, step)
         return server.with_shared({**merged, **moved})
 
     def _episode(self, cohort: Cohort, index: int) -> Episode:
@@ -166,7 +165,7 @@ class MLDG(Strategy):
         assert pool.cohort is not None
         episode = self._episode(pool.cohort, index)
         named = dict(pool.model.named_parameters())
-        task = _mean_loss(pool, episode.meta_train, index, named)
+        task = mean_loss(pool, episode.meta_train, index, named)
         grads = torch.autograd.grad(
             task, list(named.values()), create_graph=self.order == "second"
         )
@@ -180,27 +179,8 @@ class MLDG(Strategy):
                 name: p + (moved - p).detach()
                 for (name, p), moved in zip(named.items(), ahead.values(), strict=True)
             }
-        meta = _mean_loss(pool, episode.meta_test, index, ahead)
+        meta = mean_loss(pool, episode.meta_test, index, ahead)
         pool.optimizer.zero_grad(set_to_none=True)
-        task = _mean_loss(pool, episode.meta_train, index, named)
+        task = mean_loss(pool, episode.meta_train, index, named)
         (task + self.beta * meta).backward()  # type: ignore[no-untyped-call]
         pool.optimizer.step()
-
-
-def _along(start: State, factor: float, direction: State) -> State:
-    """`start + factor * direction` on the names of `direction`."""
-    part = {name: start[name] for name in direction}
-    return {**start, **tree_sum([part, direction], [1.0, factor])}
-
-
-def _mean_loss(
-    pool: PooledTraining, group: Cohort, index: int, weights: Mapping[str, Tensor]
-) -> Tensor:
-    """Weighted mean of the losses of a group's sites at given weights."""
-    batches = pool.batches(index)
-    total = sum(pool.weights[site] for site in group.site_ids)
-    terms = [
-        pool.weights[site] / total * functional_loss(pool, site, batches[site], weights)
-        for site in group.site_ids
-    ]
-    return torch.stack(terms).sum()

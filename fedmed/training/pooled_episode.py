@@ -50,17 +50,26 @@ def metric_parameters(pool: PooledTraining) -> dict[str, nn.Parameter]:
     return {n: p for n, p in pool.model.named_parameters() if n not in network}
 
 
-def task_gradient(pool: PooledTraining, group: Cohort, index: int) -> dict[str, Tensor]:
-    """Gradient of the weighted mean of the losses of a group's sites."""
-    named = network_parameters(pool)
+def mean_loss(
+    pool: PooledTraining, group: Cohort, index: int, weights: Weights
+) -> Tensor:
+    """Weighted mean of the losses of a group's sites at given weights."""
     batches = pool.batches(index)
     total = sum(pool.weights[site] for site in group.site_ids)
     terms = [
-        pool.weights[site] / total * functional_loss(pool, site, batches[site], named)
+        pool.weights[site] / total * functional_loss(pool, site, batches[site], weights)
         for site in group.site_ids
     ]
-    grads = torch.autograd.grad(torch.stack(terms).sum(), list(named.values()))
-    return dict(zip(named, grads, strict=True))
+    return torch.stack(terms).sum()
+
+
+def task_gradient(pool: PooledTraining, group: Cohort, index: int) -> dict[str, Tensor]:
+    """Gradient of `mean_loss` at the network's weights."""
+    named = network_parameters(pool)
+    loss = mean_loss(pool, group, index, named)
+    return dict(
+        zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)
+    )
 
 
 def clipped(gradient: Weights, max_norm: float | None) -> dict[str, Tensor]:
