@@ -75,7 +75,7 @@ class LatReg(Strategy):
     Leaves the site:
         Gradient: every trainable entry and normalisation statistics, R's among them
         (hidden_width F + hidden_width max_sites weights for F features; a mean over
-        the batch, no feature vector of any example).
+        the batch: of a batch of one, that example's z can be computed from it).
         Weights: shared entries after local training; extra "site_classifier": the
         gradient of R.
     Kept by the site:

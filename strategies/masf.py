@@ -148,8 +148,8 @@ class MASF(Strategy):
         Gradient: of the network at w (meta-train sites), then of network and metric
         network at w'; normalisation statistics.
         ClassStatistic: C x C log-probabilities and C marks of present classes; with
-        `clustering: proxy` also a mean embedding and a mark for each class. Size
-        depends on classes only.
+        `clustering: proxy` also a mean embedding and a mark for each class; and the
+        smallest number of voxels behind one of them. Size depends on classes only.
         Embedding: with `clustering: exact`, in the statistic's place and with it: one
         vector and its class for each class of each example of the batch.
         Weights: shared entries of meta-train sites (`sync: round`).

@@ -144,7 +144,8 @@ class SAML(Strategy):
         Gradient: of the network at w (meta-train sites), then of network and metric
         network at w'; normalisation statistics.
         ClassStatistic: with `smoothness: proxy`, mean embeddings of contour and ring,
-        and a mark for each: 2 D + 2 numbers, D = 16.
+        and a mark for each: 2 D + 2 numbers, D = 16; and the smallest number of
+        pixels behind one of them.
         Embedding: with `smoothness: exact`, one vector and its type for contour and
         ring of each slice of the batch that shows foreground.
         Weights: shared entries (`sync: round`), beside them the ClassStatistic.
