@@ -66,15 +66,34 @@ def shareable(
         if there are none, or if prediction needs more of what is kept: then no rule
         makes a model for a newcomer.
     """
+    if keeps_layers(partition, training_only):
+        return ()
+    return _used(partition, training_only)
+
+
+def keeps_layers(
+    partition: StatePartition, training_only: tuple[str, ...] = ()
+) -> bool:
+    """Whether sites keep layers that prediction needs, and not normalisation alone.
+
+    Args:
+        partition: What of the network is kept.
+        training_only: As in `shareable`.
+    """
+    used = _used(partition, training_only)
+    return any(entry.role == "weight" and not entry.in_adapter for entry in used)
+
+
+def _used(
+    partition: StatePartition, training_only: tuple[str, ...]
+) -> tuple[Entry, ...]:
+    """What of the kept entries prediction uses."""
     kept = set(partition.kept)
-    used = [
+    return tuple(
         entry
         for entry in partition.entries
         if entry.name in kept and entry.part not in training_only
-    ]
-    if any(entry.role == "weight" and not entry.in_adapter for entry in used):
-        return ()
-    return tuple(used)
+    )
 
 
 def sets_for(
@@ -196,17 +215,16 @@ class Newcomers:
     def _rules(self, server: Server, number: int) -> tuple[UnseenRule, ...]:
         """What is to be tried after a round; nothing where `adabn` is all there is."""
         rules, study = self.study.evaluate.unseen, self.study
-        if number != study.rounds or not study.split.held_out or rules == ("adabn",):
+        if number != study.rounds or not study.split.held_out:
             return ()
-        if shareable(server.partition, self.strategy.training_only):
-            return rules
-        if server.partition.kept:
-            logger.warning(
-                "strategy %s keeps more than normalisation and adapters at its sites; "
-                "evaluate.unseen has no rule for that, and is passed over",
+        if keeps_layers(server.partition, self.strategy.training_only):
+            logger.error(  # seen without --verbose too
+                "strategy %s keeps layers at its sites; evaluate.unseen has no rule "
+                "for them, so a hospital held out has none or their initial values",
                 study.strategy.name,
             )
-        return ()
+        known = shareable(server.partition, self.strategy.training_only)
+        return rules if known and rules != ("adabn",) else ()
 
     def _collect(self, ended: _Ended) -> dict[SiteId, State]:
         """Ask the training sites for their normalisation, once."""

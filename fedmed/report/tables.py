@@ -18,6 +18,7 @@ from fedmed.profile import STRICT
 from fedmed.report.judges import judges_notes
 from fedmed.report.rows import ALONE, Cell, Row, make_rows
 from fedmed.report.run_folder import Comparison, read_comparison
+from fedmed.report.untrained import untrained_notes
 from fedmed.report.wording import NO_VALUE, listing, number, percent, signed_points
 
 
@@ -126,6 +127,7 @@ def make_table(comparison: Comparison) -> Table:
         *_notes(rows, sites),
         *_profile_notes(profile),
         *judges_notes(comparison),
+        *untrained_notes(comparison),
     )
     return Table(comparison.name, kind, score_name, tuple(sites), rows, notes, profile)
 
