@@ -155,7 +155,8 @@ class FedDG(Strategy):
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Average the gradients of the sites' episodes."""
-        server = yield from self._with_bank(server, cohort)
+        if index == 0:
+            server = yield from self._with_bank(server, cohort)
         replies = yield self._asked(
             server, cohort, self.gradient, weights=server.shared, index=index
         )
@@ -170,7 +171,7 @@ class FedDG(Strategy):
         return merged(server, replies, self.weights_of(cohort))
 
     def _with_bank(self, server: Server, cohort: Cohort) -> ServerHalf:
-        """Ask sites that have not told their amplitudes yet, once."""
+        """Ask sites that have not told their amplitudes yet, once in a round."""
         bank = server.memory.get(_BANK, {})
         missing = [s for s in cohort.site_ids if s not in banked_sites(bank)]
         if not missing or not self._uses_styles:

@@ -189,3 +189,13 @@ def test_tables_are_refused():
     ward = runs.Ward(runs.make_study(runs.TABLE, "feddg"))
     with pytest.raises(ConfigError, match="table"):
         ward.answer(next(ward.strategy.run_round(ward.server, ward.cohort())))
+
+
+def test_a_site_that_never_told_its_amplitudes_is_asked_once_a_round(tmp_path):
+    study = study_of(sync="step", rounds=2, tolerance={"quorum": 0.5})
+    faulty = runs.Faulty(site="b", round=1, fault="silent")
+    first, second = runs.run(study, tmp_path, transport=faulty).rounds
+    assert first["failed"].keys() == {"b"}
+    assert first["exchanges"] == 1 + 2
+    assert second["answered"] == ["a", "b", "c"]
+    assert second["exchanges"] == 1 + 2 + 1
