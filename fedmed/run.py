@@ -134,6 +134,26 @@ def run_study(
             )
 
 
+def check_start(study: Study) -> None:
+    """Refuse what the server of a run would refuse before its first round.
+
+    Args:
+        study: The study. A deployment's data cannot be seen from here: only its
+            choices are checked.
+
+    Raises:
+        ConfigError: If the study does not fit its method or its data.
+    """
+    check_choices(study)
+    if study.transport.name == "deployment":
+        return
+    transport_sites(study)
+    data = importlib.import_module("sites.data")
+    card, _ = data.list_sites(study, cache_folder(study))
+    strategy = load_strategy(study.strategy.name, study.strategy.options)
+    strategy.initial(fresh_server(study, Task.of(card), strategy))
+
+
 def make_transport(study: Study) -> Transport:
     """Make the transport that a study names.
 

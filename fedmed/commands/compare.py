@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from fedmed.legs import (
     turns_of,
     write_index,
 )
-from fedmed.report.published import read_published
+from fedmed.report.published import check_published
 from fedmed.resolve import load_strategy
-from fedmed.run import cache_folder
+from fedmed.run import cache_folder, check_start
 from fedmed.runfolder import RunFolder
 from fedmed.study import Study, apply_overrides, read_yaml, study_from_dict
 
@@ -61,8 +62,7 @@ def compare_command(
         overrides = (*overrides, f"transport.name={transport}")
     content = apply_overrides(read_yaml(study_file), overrides)
     study = study_from_dict(content, where=study_file.name)
-    if study.report.published:
-        read_published(study.report.published)  # known now, not after hours
+    check_published(study.report.published, study.report.columns)
     sites = () if asked_for == "within_site" else _sites(study)
     turns = turns_of(asked_for, sites)
     folder = out or default_folder(study)
@@ -70,6 +70,7 @@ def compare_command(
     asked = make_legs(strategies, seeds, turns)
     wanted = {leg: study_of(content, study, leg, sites=sites) for leg in asked}
     legs = place_legs(folder, wanted, data_hash(study))
+    _refuse_at_once(legs.values())
     write_index(folder, study, tuple(legs))
     todo = _unfinished(folder, legs)
     began_s = time.monotonic()
@@ -89,6 +90,17 @@ def _sites(study: Study) -> tuple[str, ...]:
     data = importlib.import_module("sites.data")
     _, found = data.list_sites(study, cache_folder(study))
     return tuple(site.site_id for site in found)
+
+
+def _refuse_at_once(studies: Iterable[Study]) -> None:
+    """Find what a method cannot do before the first trains, not after hours.
+
+    Raises:
+        ConfigError: Of the first method that the study does not fit.
+    """
+    by_method = {json.dumps(s.to_dict()["strategy"]): s for s in studies}
+    for study in by_method.values():
+        check_start(study)
 
 
 def _unfinished(folder: Path, legs: Mapping[Leg, Study]) -> dict[Path, Study]:

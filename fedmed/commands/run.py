@@ -156,9 +156,9 @@ def run_command(
         overrides = (*overrides, f"transport.name={transport}")
     study = load_study(study_file, overrides)
     if study.report.published:
-        from fedmed.report.published import read_published
+        from fedmed.report.published import check_published
 
-        read_published(study.report.published)  # known now, not after hours
+        check_published(study.report.published, study.report.columns)
     folder = out or (newest_folder(study) if resume else default_folder(study))
     if resume:
         require_run(folder)

@@ -8,7 +8,7 @@ two are marked and never compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,8 @@ class SideBySide:
             "methods, not heights.",
         ]
         if self.source.overall:
-            last = f"{self.source.overall} is the unweighted mean over the columns."
-            notes.append(last)
+            last = f"{self.source.overall} is the unweighted mean over the columns"
+            notes.append(f"{last} that have a value.")
         if missing:
             notes.append(f"No site of this study stands for {', '.join(missing)}.")
         return tuple(notes)
@@ -261,6 +261,29 @@ def side_by_side(comparison: Comparison, table: Table) -> SideBySide | None:
     return SideBySide(source, ours, sites, _paired(source, sites, table.rows))
 
 
+def check_published(name: str | None, columns: Collection[str]) -> None:
+    """Refuse a published table at the start of a study, not after hours.
+
+    Args:
+        name: `report.published` of a study, None if it names none.
+        columns: Keys of its `report.columns`.
+
+    Raises:
+        ConfigError: If there is no such table, or it has no such column.
+    """
+    if name:
+        _check_columns(read_published(name), columns)
+
+
+def _check_columns(source: PublishedTable, columns: Collection[str]) -> None:
+    for column in columns:
+        if column not in source.columns:
+            raise ConfigError(
+                f"report.columns: the published table has no column {column!r}",
+                hint=f"It has {', '.join(source.columns)}.",
+            )
+
+
 def _row(row: Mapping[str, Any], columns: Sequence[str]) -> PublishedRow:
     cells = {name: tuple(map(float, row[name])) for name in columns if row.get(name)}
     overall = tuple(map(float, row.get("overall") or ()))
@@ -272,13 +295,7 @@ def _sites_of(
     source: PublishedTable, sites: Sequence[str], given: Mapping[str, str]
 ) -> dict[str, str]:
     """Find our site for each column: as the study says, else of the same name."""
-    for column in given:
-        if column not in source.columns:
-            known = ", ".join(source.columns)
-            raise ConfigError(
-                f"report.columns: the published table has no column {column!r}",
-                hint=f"It has {known}.",
-            )
+    _check_columns(source, given)
     by_name = {site.lower(): site for site in sites}
     same = {c: by_name[c.lower()] for c in source.columns if c.lower() in by_name}
     return {**same, **given}

@@ -198,6 +198,21 @@ def test_wrong_override(fedmed, work, override, words):
     assert words in fedmed("run", study, override).refused(USAGE)
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("scaffold", "train.optimizer.name=adam", "scaffold needs plain SGD"),
+        ("fedmd", "rounds=1", "names no site that has them"),
+        ("separate", "report={published: prostate_multi_site, columns: {x: a}}", "'x'"),
+    ],
+)
+def test_compare_refuses_before_it_trains(fedmed, work, method, override, words):
+    study = line.write_study(work)
+    methods = ("--strategies", f"fedavg,{method}", "--out", work / "out")
+    assert words in fedmed("compare", study, override, *methods).refused(USAGE)
+    assert not (work / "out").exists()
+
+
 def test_a_wrong_item_of_a_list_is_told_once(fedmed, work):
     study = line.write_study(work)
     told = fedmed("run", study, "evaluate.unseen=[adbn]").refused(USAGE)
