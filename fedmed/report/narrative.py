@@ -44,7 +44,22 @@ def what_was_studied(comparison: Comparison, table: Table) -> str:
             "In the runs marked “trained on” one site trained alone, and its model was "
             "tested at every site."
         )
-    return " ".join(sentences)
+    return " ".join([*sentences, *_public_images(comparison)])
+
+
+def _public_images(comparison: Comparison) -> list[str]:
+    """Say which methods learned from whose public images."""
+    found: dict[str, list[str]] = {}
+    for entry in comparison.entries:
+        if entry.run.study.get("public"):  # written only if the method used it
+            site = (entry.run.study.get("sites") or {}).get("public")
+            names = found.setdefault(str(site), [])
+            names += [entry.strategy] if entry.strategy not in names else []
+    return [
+        f"{'It' if comparison.is_single else listing(names)} also learned from the "
+        f"public images of site {site}, without their labels."
+        for site, names in sorted(found.items())
+    ]
 
 
 def what_came_out(

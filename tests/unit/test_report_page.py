@@ -204,6 +204,15 @@ def test_repeating_names_the_lock_that_says_most(tmp_path: Path) -> None:
     assert "fedavg-0-without-b/study.lock.yaml --strategies separate,fedavg" in text
 
 
+def test_public_images_are_told(tmp_path: Path) -> None:
+    folder = folders.write_run(tmp_path / "run", folders.Plan(overlays=False))
+    assert "public images" not in _page(folder).text
+    lock = folder / "study.lock.yaml"
+    with lock.open("a") as file:
+        file.write("sites: {public: z}\npublic: {fingerprint: '1'}\n")
+    assert "also learned from the public images of site z" in _page(folder).text
+
+
 def test_slices_of_one_patient_on_both_sides_are_confessed(tmp_path: Path) -> None:
     folder = folders.write_run(tmp_path / "run", folders.Plan(overlays=False))
     with (folder / "study.lock.yaml").open("a") as file:
