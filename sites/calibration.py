@@ -8,6 +8,7 @@ belong to the site's own drifted weights, the model to evaluate has the averaged
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from fedmed.unseen import shareable
 from sites.context import Workbench
 from sites.data import AnyCase
 
+_BatchNorm = nn.modules.batchnorm._BatchNorm
 _Read = Callable[[], torch.Tensor]
 
 
@@ -90,18 +92,14 @@ def calibrate(bench: Workbench, model: nn.Module) -> None:
         Li et al., Revisiting Batch Normalization For Practical Domain Adaptation,
         2016, arXiv:1603.04779.
     """
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    layers = [m for m in model.modules() if isinstance(m, batch_norm)]
-    momenta = [layer.momentum for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None
     model.train()
     dtype = DTYPES[bench.trainer.precision]
-    for images in unlabelled_batches(bench):
-        model(images.to(bench.trainer.device, dtype), site=bench.site_id)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    with _momentum(layers, None):
+        for images in unlabelled_batches(bench):
+            model(images.to(bench.trainer.device, dtype), site=bench.site_id)
     model.eval()
 
 
@@ -121,26 +119,43 @@ def recalibrate(bench: Workbench, model: nn.Module) -> None:
     sums = [_Sums(layer) for layer in _kept_layers(bench, model)]
     if not sums or not bench.training:
         return
-    momenta = [own.layer.momentum for own in sums]
     model.eval()
     for own in sums:
         own.layer.train()
-        own.layer.momentum = 1.0  # after a batch, the statistics are that batch's
     dtype = DTYPES[bench.trainer.precision]
-    for images in training_batches(bench):
-        model(images.to(bench.trainer.device, dtype), site=bench.site_id)
-        for own in sums:
-            own.add(len(images))
-    for own, momentum in zip(sums, momenta, strict=True):
+    # After a batch, the statistics are that batch's.
+    with _momentum([own.layer for own in sums], 1.0):
+        for images in training_batches(bench):
+            model(images.to(bench.trainer.device, dtype), site=bench.site_id)
+            for own in sums:
+                own.add(len(images))
+    for own in sums:
         own.write()
-        own.layer.momentum = momentum
     model.eval()
+
+
+@contextlib.contextmanager
+def _momentum(layers: Sequence[_BatchNorm], value: float | None) -> Iterator[None]:
+    """Set layers' momentum for a while, whatever happens: others use the network too.
+
+    Args:
+        layers: The layers.
+        value: As of `nn.BatchNorm2d`; None = cumulative average.
+    """
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = value
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum
 
 
 class _Sums:
     """Sums over batches of one layer's mean and mean square."""
 
-    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+    def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self._count = 0
         self._mean = self._square = torch.zeros((), dtype=torch.float64)
@@ -166,17 +181,14 @@ class _Sums:
         return mean, variance
 
 
-def _kept_layers(
-    bench: Workbench, model: nn.Module
-) -> list[nn.modules.batchnorm._BatchNorm]:
+def _kept_layers(bench: Workbench, model: nn.Module) -> list[_BatchNorm]:
     """Batch normalisation whose statistics stay at the site and prediction uses."""
     unused = bench.strategy.training_only
     kept = {e.name for e in _statistics(bench) if e.part not in unused}
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and f"{name}.running_mean" in kept
+        if isinstance(module, _BatchNorm) and f"{name}.running_mean" in kept
     ]
 
 

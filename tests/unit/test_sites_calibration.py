@@ -16,7 +16,7 @@ from torch import nn
 from fedmed.case import UNKNOWN_LABEL
 from fedmed.strategy import Private
 from fedmed.study import study_from_dict
-from sites.calibration import recalibrate, training_batches
+from sites.calibration import calibrate, recalibrate, training_batches
 from sites.context import Workbench
 from sites.evaluation import evaluate
 
@@ -120,6 +120,24 @@ def test_nothing_but_statistics_changes_and_the_network_is_left_to_be_read() -> 
     assert {n.rpartition(".")[2] for n in changed} == ends
     assert {n: m.momentum for n, m in _layers(bench.model).items()} == momenta
     assert not any(module.training for module in bench.model.modules())
+
+
+@pytest.mark.parametrize("estimate", [calibrate, recalibrate])
+def test_a_failure_leaves_the_network_as_other_sites_need_it(estimate: Any) -> None:
+    """It is the one live network of its process, and others go on training it."""
+    bench = _bench()
+    model = bench.load(bench.initial, Private())
+    before = [layer.momentum for layer in _layers(model).values()]
+
+    def fail(*_: Any) -> None:
+        raise ValueError("no memory left")
+
+    handle = model.register_forward_hook(fail)
+    with pytest.raises(ValueError, match="no memory left"):
+        estimate(bench, model)
+    handle.remove()
+    assert before == [layer.momentum for layer in _layers(model).values()]
+    assert before == [0.1] * len(before)
 
 
 def test_it_does_not_matter_where_the_statistics_came_from() -> None:
