@@ -22,7 +22,7 @@ from fedmed.spelling import nearest
 logging.getLogger("flwr").setLevel(logging.WARNING)
 
 NOT_AGGREGATORS = {
-    "FedProx": "its proximal term belongs to the sites: use `strategy: fedprox`",
+    "FedProx": "its proximal term belongs to the sites: set strategy.name: fedprox",
     "FedXgbBagging": "it adds trees, not tensors",
     "FedXgbCyclic": "it adds trees, not tensors",
 }
