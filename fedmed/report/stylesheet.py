@@ -48,7 +48,7 @@ tbody th { font-weight: 600; }
 td.word { white-space: normal; min-width: 5rem; max-width: 26rem;
   overflow-wrap: break-word; }
 th.word { overflow-wrap: break-word; }
-small { display: block; color: var(--soft); font-size: .86em; white-space: nowrap; }
+small { display: block; color: var(--soft); font-size: .86em; white-space: normal; }
 figure { margin: 0; }
 figcaption { font-size: .87rem; color: var(--soft); margin-top: .25rem; }
 .plots { display: grid; gap: 1.5rem 2rem;
