@@ -30,8 +30,12 @@ demo: $(STAMP) ## Compare four strategies on three phantom hospitals.
 	$(BIN)/fedmed compare studies/prostate_demo.yaml \
 	  --strategies separate,joint,fedavg,fedbn --out runs/demo
 
+# Thousands of small files are written and synced: in memory, where there is room.
 test: check ## Check the code, then run every test.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	@scratch=$$(mktemp -d -p "$$([ -w /dev/shm ] && echo /dev/shm || echo $${TMPDIR:-/tmp})" fm.XXXX) \
+	  && trap 'rm -rf "$$scratch"' EXIT INT TERM \
+	  && TMPDIR=$$scratch OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 check: $(STAMP) ## Format, lint, types and import contracts.
 	$(BIN)/ruff format --check fedmed sites strategies tests
