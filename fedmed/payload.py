@@ -84,9 +84,16 @@ class ClassStatistic(Payload):
 
 @dataclass(frozen=True)
 class Embedding(Payload):
-    """Feature vectors of single examples: the most revealing kind."""
+    """Feature vectors of single examples: the most revealing kind.
+
+    Attributes:
+        state: Named arrays.
+        min_count: Above 0, a `ClassStatistic` is among them, and this is its own: a
+            policy checks the reply as both kinds.
+    """
 
     state: State = field(default_factory=dict)
+    min_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,8 @@ def kinds_in(message: Message) -> tuple[str, ...]:
         for extra, kind in _CARRIED.items()
         if any(name.startswith(f"extra/{extra}/") for name in message.tensors)
     ]
+    if message.kind == Embedding.__name__ and message.header.get("min_count"):
+        carried.append(ClassStatistic.__name__)
     return (message.kind, *carried)
 
 

@@ -5,7 +5,7 @@ The server can neither read nor change it. `policy.yaml`, every key:
     allowed_kinds: [Card, Metrics, Weights, Gradient]   # required; see fedmed.payload
     min_count: 100            # voxels or cases behind every class of a ClassStatistic,
                               # images behind an AmplitudeStatistic, also of those
-                              # that travel with Weights
+                              # that travel with Weights or an Embedding
     max_update_norm: 50.0     # L2 norm of all floating tensors of one message
     max_message_bytes: 500000000
     max_rounds: 200           # nothing but Card leaves in a later round

@@ -150,8 +150,9 @@ class MASF(Strategy):
         ClassStatistic: C x C log-probabilities and C marks of present classes; with
         `clustering: proxy` also a mean embedding and a mark for each class; and the
         smallest number of voxels behind one of them. Size depends on classes only.
-        Embedding: with `clustering: exact`, in the statistic's place and with it: one
-        vector and its class for each class of each example of the batch.
+        Embedding: with `clustering: exact`, in the statistic's place and with it (a
+        policy must allow both kinds): one vector and its class for each class of each
+        example of the batch.
         Weights: shared entries of meta-train sites (`sync: round`).
     Kept by the site:
         Nothing (an optimiser's memory with `train.optimizer_state: keep`).

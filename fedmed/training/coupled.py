@@ -150,12 +150,7 @@ def statistic_outcome(
         _, measured = _measure(site, weights, index, statistic)
     told = {**measured.values, **measured.facts}
     state = {name: tensor.detach().cpu() for name, tensor in told.items()}
-    if kind is Embedding:
-        return Outcome(Embedding(site.num_examples, state=state))
-    payload = ClassStatistic(
-        site.num_examples, state=state, min_count=measured.min_count
-    )
-    return Outcome(payload)
+    return Outcome(kind(site.num_examples, state=state, min_count=measured.min_count))
 
 
 def cotangents(

@@ -171,6 +171,27 @@ def test_a_cautious_policy_refuses_embeddings_and_lets_proxies_pass(tmp_path):
         runs.run(wary, tmp_path / "wary")
 
 
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("allowed_kinds: [Card, Metrics, Gradient, Embedding]", "ClassStatistic"),
+        (CAUTIOUS.replace("]", ", Embedding]") + "min_count: 1000", "min_count"),
+    ],
+)
+def test_rows_that_travel_with_embeddings_are_held_to_their_own_rules(
+    tmp_path, line, rule
+):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(line + "\n")
+    exact = {"clustering": "exact"}
+    study = study_of(strategy=exact, sites={"policy": str(policy)}, rounds=1)
+    with pytest.raises(QuorumError, match=rule):
+        runs.run(study, tmp_path / "both")
+    alone = {**exact, "alignment_weight": 0.0}
+    study = study_of(strategy=alone, sites={"policy": str(policy)}, rounds=1)
+    assert not runs.run(study, tmp_path / "alone").rounds[0]["failed"]
+
+
 def test_a_policy_has_nothing_to_refuse_where_nothing_is_told(tmp_path):
     policy = tmp_path / "policy.yaml"
     policy.write_text(CAUTIOUS + "min_count: 1000000\n")
