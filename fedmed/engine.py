@@ -352,8 +352,8 @@ def restored(server: Server, checkpoint: Checkpoint) -> Server:
 
 
 def _below_quorum(number: int, reason: str) -> QuorumError:
+    kept = "The last checkpoint is intact: mend" if number > 1 else "Mend"
     return QuorumError(
         f"round {number}: {reason}",
-        hint="The last checkpoint is intact: mend the cause, then go on with --resume; "
-        "or lower tolerance.quorum.",
+        hint=f"{kept} the cause, then go on with --resume; or lower tolerance.quorum.",
     )
