@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedmed.errors import FedMedError, SiteError
 from fedmed.leg_process import PRELOADED, Verdict, run_leg_process
@@ -21,6 +21,7 @@ POLL_S = 0.2
 """How often progress is looked at."""
 
 
+@runtime_checkable
 class LegObserver(Protocol):
     """Who wants to see the progress of legs that run side by side."""
 

@@ -15,7 +15,12 @@ LABELS = torch.randint(0, 3, (2, 4, 4), generator=torch.Generator().manual_seed(
 
 
 def test_the_losses_are_found():
-    assert loss_names() == ["cross_entropy", "dice_linear", "dice_quadratic"]
+    assert loss_names() == [
+        "cross_entropy",
+        "cross_entropy_by_frequency",
+        "dice_linear",
+        "dice_quadratic",
+    ]
 
 
 def test_a_sum_is_the_sum_and_options_go_where_they_belong():
