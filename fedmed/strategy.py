@@ -22,6 +22,7 @@ from typing import (
     runtime_checkable,
 )
 
+from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
 from fedmed.optimizer import OptimizerSpec, clip, descend
 from fedmed.partition import Entry, StatePartition
@@ -310,6 +311,22 @@ class SiteContext(Protocol):
 
     def keep(self, model: nn.Module, **states: State) -> Private:
         """The private value after this action: kept entries plus further states."""
+
+
+def check_constants(strategy: Strategy, *rules: tuple[str, bool, str]) -> None:
+    """Refuse a hyper-parameter that makes no sense.
+
+    Args:
+        strategy: Whose values are told.
+        rules: Name of a field, whether its value fits, and what is needed.
+
+    Raises:
+        ConfigError: Naming the first that does not fit.
+    """
+    for name, fits, needed in rules:
+        if not fits:
+            seen = getattr(strategy, name)
+            raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
 
 
 F = TypeVar("F", bound=Callable[..., Outcome])

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedmed.errors import ConfigError
 from fedmed.losses.distillation import softened_kl
 from fedmed.losses.known_voxels import at_least_float32
 from fedmed.message import SiteId, State
@@ -35,6 +34,7 @@ from fedmed.strategy import (
     Strategy,
     Sync,
     at_site,
+    check_constants,
 )
 from fedmed.training.local import local_training, merged
 from fedmed.training.predict import evaluating
@@ -93,14 +93,12 @@ class FedDF(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("distillation_steps", self.distillation_steps >= 0, ">= 0"),
             ("distillation_lr", self.distillation_lr > 0, "> 0"),
             ("temperature", self.temperature > 0, "> 0"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def round(self, server: Server, cohort: Cohort) -> ServerHalf:
         """Average the sites' weights, then distil their predictions into the mean."""

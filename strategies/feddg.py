@@ -42,6 +42,7 @@ from fedmed.strategy import (
     SiteContext,
     Strategy,
     at_site,
+    check_constants,
 )
 from fedmed.training.amplitude import every_image
 from fedmed.training.coupled import captured
@@ -139,7 +140,8 @@ class FedDG(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("band", 0 <= self.band < 0.5, "in [0, 1/2)"),
             ("interpolation", 0 <= self.interpolation <= 1, "in [0, 1]"),
             ("inner_lr", self.inner_lr >= 0, ">= 0"),
@@ -148,10 +150,7 @@ class FedDG(Strategy):
             ("boundary_weight", self.boundary_weight >= 0, ">= 0"),
             ("temperature", self.temperature > 0, "> 0"),
             ("bank_share", 0 < self.bank_share <= 1, "in (0, 1]"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Average the gradients of the sites' episodes."""

@@ -39,6 +39,7 @@ from fedmed.strategy import (
     Sync,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.local import OPTIMIZER, present, step_here, train_on
 from fedmed.training.predict import evaluating
@@ -115,17 +116,15 @@ class FedMD(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("public_batches", self.public_batches >= 1, ">= 1"),
             ("digest_weight", self.digest_weight >= 0, ">= 0"),
             ("digest_epochs", self.digest_epochs >= 1, ">= 1"),
             ("temperature", self.temperature > 0, "> 0"),
             ("coarseness", self.coarseness >= 1, ">= 1"),
             ("digest", not self._mixes_scales, "kl with wire: uint8"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     @property
     def _mixes_scales(self) -> bool:

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
 from fedmed.networks.amplitude_normalisation import (
     AMPLITUDE,
@@ -46,6 +45,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.amplitude import amplitude_centre, every_image
 from fedmed.training.local import (
@@ -128,14 +128,12 @@ class HarmoFL(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("alpha", self.alpha >= 0, ">= 0"),
             ("half_width", self.half_width >= 0, ">= 0"),
             ("momentum", 0 < self.momentum <= 1, "in (0, 1]"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:
         """The study's network behind a normalisation of amplitudes."""

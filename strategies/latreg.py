@@ -33,6 +33,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.coupled import captured
 from fedmed.training.latent import latent_vectors, latent_width
@@ -108,15 +109,13 @@ class LatReg(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("latent_weight", self.latent_weight >= 0, ">= 0"),
             ("ramp", 0 <= self.ramp <= 1, "in [0, 1]"),
             ("hidden_width", self.hidden_width >= 1, ">= 1"),
             ("max_sites", self.max_sites >= 2, ">= 2"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:
         """The study's network, and R, which its forward does not use."""

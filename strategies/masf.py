@@ -49,6 +49,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.alignment import (
     ROWS,
@@ -204,7 +205,8 @@ class MASF(Strategy):
     def __post_init__(self) -> None:
         """Check the constants."""
         clip = 1.0 if self.tensor_clip is None else self.tensor_clip
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("inner_lr", self.inner_lr >= 0, ">= 0"),
             ("alignment_weight", self.alignment_weight >= 0, ">= 0"),
             ("clustering_weight", self.clustering_weight >= 0, ">= 0"),
@@ -214,10 +216,7 @@ class MASF(Strategy):
             ("tensor_clip", clip > 0, "> 0"),
             ("meta_lr_factor", self.meta_lr_factor > 0, "> 0"),
             ("metric_lr_factor", self.metric_lr_factor > 0, "> 0"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     @property
     def _aligns(self) -> Alignment:

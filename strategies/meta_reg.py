@@ -42,6 +42,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.local import (
     local_gradient,
@@ -129,16 +130,14 @@ class MetaReg(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("inner_steps", self.inner_steps >= 1, ">= 1"),
             ("inner_lr", self.inner_lr >= 0, ">= 0"),
             ("penalty_lr", self.penalty_lr >= 0, ">= 0"),
             ("phase_one_rounds", (self.phase_one_rounds or 0) >= 0, ">= 0"),
             ("num_meta_test", self.num_meta_test in {None, *range(1, 1000)}, ">= 1"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def initial(self, server: Server) -> Server:
         """Start with one phi for every trainable entry of the head."""

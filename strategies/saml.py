@@ -49,6 +49,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.clustering import (
     LAYERS,
@@ -200,7 +201,8 @@ class SAML(Strategy):
     def __post_init__(self) -> None:
         """Check the constants."""
         clip = 1.0 if self.tensor_clip is None else self.tensor_clip
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("inner_lr", self.inner_lr >= 0, ">= 0"),
             ("compact_weight", self.compact_weight >= 0, ">= 0"),
             ("smooth_weight", self.smooth_weight >= 0, ">= 0"),
@@ -211,10 +213,7 @@ class SAML(Strategy):
             ("tensor_clip", clip > 0, "> 0"),
             ("meta_lr_factor", self.meta_lr_factor > 0, "> 0"),
             ("metric_lr_factor", self.metric_lr_factor > 0, "> 0"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
         if self._clusters.is_exact and self.sync == "round":
             raise ConfigError(
                 "strategy.smoothness is exact, and strategy.sync is round: embeddings "

@@ -44,6 +44,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.coupled import (
     NOTHING_TOLD,
@@ -168,15 +169,13 @@ class UMMKD(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
-        for name, fits, needed in (
+        check_constants(
+            self,
             ("kd_weight", self.kd_weight >= 0, ">= 0"),
             ("temperature", self.temperature > 0, "> 0"),
             ("min_count", self.min_count >= 1, ">= 1"),
             ("bank_momentum", 0 <= self.bank_momentum < 1, "in [0, 1)"),
-        ):
-            if not fits:
-                seen = getattr(self, name)
-                raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
+        )
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Compare the sites' soft confusions, then sum gradients that know of it."""
