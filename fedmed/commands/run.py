@@ -8,6 +8,7 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +54,24 @@ def listening() -> Iterator[StopRequest]:
         number: signal.signal(number, request.on_signal)
         for number in (signal.SIGINT, signal.SIGTERM)
     }
+    report = sys.unraisablehook
+
+    def ask_again(ignored: sys.UnraisableHookArgs) -> None:
+        """Repeat an interrupt that fell into a destructor or a weakref's callback.
+
+        Python prints and drops what is raised there; the second Ctrl-C must count.
+        """
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            report(ignored)
+
+    sys.unraisablehook = ask_again
     try:
         yield request
     finally:
+        sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
 

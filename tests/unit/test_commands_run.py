@@ -1,0 +1,54 @@
+"""Ctrl-C while a study runs."""
+
+import signal
+import sys
+import time
+import weakref
+
+import pytest
+
+from fedmed.commands.run import listening
+
+
+class Thing:
+    """Something that can be referred to weakly."""
+
+
+def ask() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_one_ctrl_c_asks_and_raises_nothing(capsys):
+    with listening() as request:
+        assert not request()
+        ask()
+        assert request()
+    assert "press Ctrl-C again" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_raises():
+    with listening():
+        ask()
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+
+
+def test_a_second_ctrl_c_counts_where_python_drops_what_is_raised(capsys):
+    """In a weakref's callback or a destructor an exception is printed and forgotten."""
+    things = [Thing()]
+    watch = weakref.ref(things[0], lambda _: ask())
+    with listening():
+        ask()
+        things.clear()  # the second Ctrl-C falls into the callback
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+    assert watch() is None
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_signals_and_the_hook_are_given_back():
+    hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+    with listening():
+        assert sys.unraisablehook is not hook
+    assert sys.unraisablehook is hook
+    assert signal.getsignal(signal.SIGINT) is handler
