@@ -57,6 +57,7 @@ ORGANS = {
     3: ((176, 176, 24), (20, 16, 8)),
     4: ((128, 200, 14), (9, 12, 5)),
 }
+DISTANCE_TOLERANCE = 1e-5
 BAR = 3.0
 """How many times as fast as MONAI we have to be."""
 
@@ -262,14 +263,52 @@ def check(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _check_monai(theirs: Values, ours: Values) -> dict[str, Any]:
-    apart = np.abs(theirs - ours)
-    dice = float(apart[..., 0].max())
-    distances = float((apart[..., 1:] / np.maximum(ours[..., 1:], 1e-6)).max())
+    """Compare with MONAI, whose rank of a percentile is a float32.
+
+    Of 20,000 distances the 19,000.65th is asked for, and float32 knows 19,000.648 next
+    to 19,000.650: where two neighbours of that rank lie apart, the result is off by up
+    to 1e-4. Such a value is compared once more, as the percentile of MONAI's own
+    distances in float64.
+    """
+    dice = float(np.abs(theirs - ours)[..., 0].max())
+    relative = _relative(theirs, ours)
+    as_given = float(relative.max())
+    again = np.argwhere(relative[..., 1] > DISTANCE_TOLERANCE)
+    for case, index in again:
+        precise = theirs[case, index].copy()
+        precise[2] = monai_hd95_in_float64(*_CASES[0].arrays[case], CLASSES[index])
+        relative[case, index] = _relative(precise, ours[case, index])
+    distances = float(relative.max())
     return {
-        "is_equal": dice <= 1e-6 and distances <= 1e-5,
+        "is_equal": dice <= 1e-6 and distances <= DISTANCE_TOLERANCE,
         "tolerance": "Dice 1e-6, distances 1e-5 relative: MONAI computes in float32",
-        "largest": {"dice": dice, "distances_relative": distances},
+        "largest": {
+            "dice": dice,
+            "distances_relative": distances,
+            "as_given_relative": as_given,
+        },
+        "percentiles_in_float64": len(again),
     }
+
+
+def _relative(theirs: Values, ours: Values) -> Values:
+    """How far two distances are apart, (..., 2), as a share of ours."""
+    apart: Values = np.abs(theirs - ours)[..., 1:] / np.maximum(ours[..., 1:], 1e-6)
+    return apart
+
+
+def monai_hd95_in_float64(
+    prediction_IJK: np.ndarray, label_IJK: np.ndarray, value: int
+) -> float:
+    """Take HD95 of the distances that MONAI finds, with the rank in float64."""
+    import torch
+    from monai.metrics.utils import get_edge_surface_distance
+
+    masks = [torch.from_numpy(case == value) for case in (prediction_IJK, label_IJK)]
+    _, distances, _ = get_edge_surface_distance(
+        *masks, distance_metric="euclidean", spacing=SPACING_MM, symmetric=True
+    )
+    return max(float(np.percentile(d.double().numpy(), 95)) for d in distances)
 
 
 def _check_surface_distance(theirs: Values, ours: Values) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def study_of(
     changed["split"] = split
     own = study_from_dict(changed, where=f"the study for {leg.strategy}")
     strategy = load_strategy(own.strategy.name, own.strategy.options)
-    if leg.trained_on is not None and hasattr(strategy, "num_meta_test"):
+    if leg.trained_on is not None and strategy.smallest_cohort > 1:
         raise ConfigError(
             f"{leg.strategy} lets hospitals judge what others taught; under cross_site "
             "one trains alone",

@@ -19,6 +19,7 @@ from fedmed.profile import check_profile
 from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
 from fedmed.spelling import did_you_mean
+from fedmed.strategy import Strategy
 from fedmed.study import Study, expand, study_from_dict
 from fedmed.task import Task, resolve_device
 
@@ -101,6 +102,37 @@ def _check_device(study: Study) -> None:
         raise ConfigError(
             f"train.device must be cpu, cuda or auto (seen: {study.train.device!r})"
         ) from None
+
+
+def check_method(
+    strategy: Strategy, study: Study, task: Task, num_training: int
+) -> None:
+    """Refuse data, or too few sites, that a method cannot be trained on.
+
+    Args:
+        strategy: The method.
+        study: The study.
+        task: What is to be learned.
+        num_training: Sites that train.
+
+    Raises:
+        ConfigError: If the first exchange could only fail.
+    """
+    strategy.check_task(task, study.train.batch_size)
+    needed, drawn = strategy.smallest_cohort, study.sites_per_round
+    if num_training < needed:
+        held_out = ", ".join(study.split.held_out) or "none"
+        raise ConfigError(
+            f"strategy {study.strategy.name!r} needs {needed} sites that train, and "
+            f"there are {num_training} (held out: {held_out})",
+            hint="Train at more sites, or choose a method without episodes.",
+        )
+    if drawn is not None and drawn < needed:
+        raise ConfigError(
+            f"strategy {study.strategy.name!r} needs {needed} sites in a round, and "
+            f"sites_per_round is {drawn}",
+            hint=f"Set sites_per_round: {needed} or more.",
+        )
 
 
 def check_options(target: Callable[..., Any], study: Study, ours: set[str]) -> None:

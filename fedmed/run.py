@@ -25,6 +25,7 @@ from fedmed.message import SiteId
 from fedmed.preflight import (
     check_choices,
     check_folder,
+    check_method,
     check_options,
     refuse_changed_data,
     require_public,
@@ -149,8 +150,10 @@ def check_start(study: Study) -> None:
         return
     transport_sites(study)
     data = importlib.import_module("sites.data")
-    card, _ = data.list_sites(study, cache_folder(study))
+    card, sites = data.list_sites(study, cache_folder(study))
     strategy = load_strategy(study.strategy.name, study.strategy.options)
+    num_training = len({site.site_id for site in sites} - {*study.split.held_out})
+    check_method(strategy, study, Task.of(card), num_training)
     strategy.initial(fresh_server(study, Task.of(card), strategy))
 
 
@@ -260,6 +263,7 @@ def drive(
     if at_round:
         refuse_changed_data(folder, joined)
     strategy = load_strategy(study.strategy.name, study.strategy.options)
+    check_method(strategy, study, joined.task, len(joined.members))
     server = strategy.initial(fresh_server(study, joined.task, strategy))
     best = None
     if checkpoint is not None:

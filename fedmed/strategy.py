@@ -32,6 +32,7 @@ from fedmed.reduce import merge_states
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedmed.task import Task
     from fedmed.training.pooled import PooledTraining
     from fedmed.training.trainer import Trainer, TrainingBatch
 
@@ -329,6 +330,43 @@ def check_constants(strategy: Strategy, *rules: tuple[str, bool, str]) -> None:
             raise ConfigError(f"strategy.{name} must be {needed} (seen: {seen})")
 
 
+def check_images(task: Task, action: str) -> None:
+    """Refuse a table where a method works on images.
+
+    Args:
+        task: What is to be learned.
+        action: What is done to images: "changes".
+
+    Raises:
+        ConfigError: If the data are a table.
+    """
+    if task.spatial_dims == 0:
+        raise ConfigError(
+            f"the strategy {action} images, and the data are a table",
+            hint="Choose another one: fedmed strategies lists them.",
+        )
+
+
+def check_count(task: Task, batch_size: int, min_count: int) -> None:
+    """Refuse batches of which no class could ever have enough labels.
+
+    Args:
+        task: What is to be learned.
+        batch_size: Examples of a step.
+        min_count: Fewest labels of a class for its mean to leave a site.
+
+    Raises:
+        ConfigError: If examples have one label each and a batch is smaller than that.
+    """
+    if task.kind == "classification" and batch_size < min_count:
+        raise ConfigError(
+            f"strategy.min_count is {min_count}, and a batch holds {batch_size} "
+            "labels, so that no class can ever be compared",
+            hint="Lower strategy.min_count, or raise train.batch_size. The "
+            "hospital's policy has a min_count of its own.",
+        )
+
+
 F = TypeVar("F", bound=Callable[..., Outcome])
 
 
@@ -382,6 +420,22 @@ class Strategy(abc.ABC):
     needs_public: ClassVar[bool] = False
     copies_public: ClassVar[bool] = False
     published_model: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def smallest_cohort(self) -> int:
+        """How many sites a round needs; more than one where sites judge each other."""
+        return 1
+
+    def check_task(self, task: Task, batch_size: int) -> None:  # noqa: B027
+        """Refuse data that the method has nothing to say about; none by default.
+
+        Args:
+            task: What is to be learned.
+            batch_size: Examples of a step.
+
+        Raises:
+            ConfigError: If the method cannot be trained on them.
+        """
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:
         """Compose the networks of the method; `build` takes changes of `model`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -26,6 +26,7 @@ from fedmed.strategy import (
     SiteContext,
     Strategy,
     at_site,
+    check_images,
 )
 from fedmed.training.big_augmentation import BigAugmentation, big_augmented
 from fedmed.training.examples import Batch
@@ -37,6 +38,9 @@ from fedmed.training.local import (
     trained_outcome,
 )
 from fedmed.training.pooled import PooledTraining
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 _DRAWS = "big augmentation"
 
@@ -92,6 +96,11 @@ class BigAug(Strategy):
             rotate_deg=(-limit, limit),
             deform=(0.0, self.max_deformation),
         )
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse a table."""
+        del batch_size
+        check_images(task, "changes")
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Average the sites' gradients and take the server's optimiser step."""

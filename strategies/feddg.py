@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from fedmed.strategy import (
     Strategy,
     at_site,
     check_constants,
+    check_images,
 )
 from fedmed.training.amplitude import every_image
 from fedmed.training.coupled import captured
@@ -63,6 +64,9 @@ from fedmed.training.styles import (
     told_styles,
 )
 from fedmed.training.trainer import TrainingBatch, trainable
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 _BANK = "amplitude_bank"
 _STYLE = "style"
@@ -151,6 +155,18 @@ class FedDG(Strategy):
             ("temperature", self.temperature > 0, "> 0"),
             ("bank_share", 0 < self.bank_share <= 1, "in (0, 1]"),
         )
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse a table, and labels without a boundary."""
+        del batch_size
+        if self._uses_styles:
+            check_images(task, "exchanges amplitudes of")
+        if task.kind == "classification" and self.boundary_weight:
+            raise ConfigError(
+                "strategy.boundary_weight is above 0, and images with one class each "
+                "have no boundary",
+                hint="Set strategy.boundary_weight: 0.",
+            )
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Average the gradients of the sites' episodes."""
@@ -339,12 +355,6 @@ class FedDG(Strategy):
         num_classes: int,
     ) -> Tensor:
         """Contrast of contours and rings, of both images, summed over the classes."""
-        if labels_B.ndim == 1:
-            raise ConfigError(
-                "strategy.boundary_weight is above 0, and images with one class each "
-                "have no boundary",
-                hint="Set strategy.boundary_weight: 0.",
-            )
         pair = [_fitted(f, labels_B) for f in (features_BF, new_features_BF)]
         terms = []
         for label in range(1, num_classes):

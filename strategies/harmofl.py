@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from fedmed.strategy import (
     Weighting,
     at_site,
     check_constants,
+    check_images,
 )
 from fedmed.training.amplitude import amplitude_centre, every_image
 from fedmed.training.local import (
@@ -58,6 +59,9 @@ from fedmed.training.local import (
 )
 from fedmed.training.pooled import PooledTraining, functional_loss
 from fedmed.training.trainer import TrainingBatch, trainable
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,12 @@ class HarmoFL(Strategy):
             ("half_width", self.half_width >= 0, ">= 0"),
             ("momentum", 0 < self.momentum <= 1, "in (0, 1]"),
         )
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse a table, which has no amplitudes."""
+        del batch_size
+        if self.normalise:
+            check_images(task, "normalises amplitudes of")
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:
         """The study's network behind a normalisation of amplitudes."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ from fedmed.strategy import (
     Weighting,
     at_site,
     check_constants,
+    check_count,
 )
 from fedmed.training.alignment import (
     ROWS,
@@ -98,6 +99,9 @@ from fedmed.training.pooled_episode import (
     take_steps,
     task_gradient,
 )
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 _LOCAL = "clustering"
 
@@ -217,6 +221,15 @@ class MASF(Strategy):
             ("meta_lr_factor", self.meta_lr_factor > 0, "> 0"),
             ("metric_lr_factor", self.metric_lr_factor > 0, "> 0"),
         )
+
+    @property
+    def smallest_cohort(self) -> int:
+        """One site at least in each group of an episode."""
+        return (self.num_meta_train or 1) + (self.num_meta_test or 1)
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse batches of a classification that hold too few labels."""
+        check_count(task, batch_size, self.min_count)
 
     @property
     def _aligns(self) -> Alignment:

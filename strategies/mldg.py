@@ -36,6 +36,8 @@ from fedmed.training.meta_update import along
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.pooled_episode import mean_loss
 
+_DRAWS = "episode"
+
 
 @dataclass(frozen=True)
 class MLDG(Strategy):
@@ -90,6 +92,11 @@ class MLDG(Strategy):
                 "strategy.inner_lr and strategy.beta must be >= 0 "
                 f"(seen: {self.inner_lr}, {self.beta})"
             )
+
+    @property
+    def smallest_cohort(self) -> int:
+        """One site at least in each group of an episode."""
+        return (self.num_meta_train or 1) + (self.num_meta_test or 1)
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Inner step on the meta-train sites, judged by the meta-test sites."""
@@ -146,14 +153,16 @@ class MLDG(Strategy):
     @at_site
     def gradient(self, site: SiteContext, weights: State, index: int) -> Outcome:
         """Gradient of the site's loss at w or at w'."""
-        return local_gradient(site, weights, index)
+        with site.draws(_DRAWS, index):
+            return local_gradient(site, weights, index)
 
     @at_site
     def curvature(
         self, site: SiteContext, weights: State, vector: State, index: int
     ) -> Outcome:
         """Hessian of the site's loss at w, on the inner step's batch, times h."""
-        return curvature_outcome(site, weights, vector, index)
+        with site.draws(_DRAWS, index):  # dropout as in the gradient at w
+            return curvature_outcome(site, weights, vector, index)
 
     @at_site
     def training(self, site: SiteContext, weights: State) -> Outcome:

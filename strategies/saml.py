@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,9 @@ from fedmed.training.pooled_episode import (
     task_gradient,
 )
 from fedmed.training.statistic_bank import updated_bank
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 _COMPACT, _SMOOTH = "compact", "smooth"
 _PROXY_BANK = "proxy_bank"
@@ -219,6 +222,22 @@ class SAML(Strategy):
                 "strategy.smoothness is exact, and strategy.sync is round: embeddings "
                 "of single slices can only be compared in the step that made them",
                 hint="Set strategy.smoothness: proxy, or strategy.sync: step.",
+            )
+
+    @property
+    def smallest_cohort(self) -> int:
+        """One site at least in each group of an episode."""
+        return (self.num_meta_train or 1) + (self.num_meta_test or 1)
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse labels without a shape, unless no loss looks at it."""
+        del batch_size
+        if task.kind == "classification" and self.compact_weight + self.smooth_weight:
+            raise ConfigError(
+                "SAML's losses are about shapes, and the labels of this study have "
+                "none",
+                hint="Choose a segmentation task, or set strategy.compact_weight: 0 "
+                "and strategy.smooth_weight: 0.",
             )
 
     @property
@@ -381,12 +400,10 @@ class SAML(Strategy):
         )
 
     def _compactness(self, passed: Pass | PooledPass) -> Tensor:
-        _require_shapes(passed.labels)
         return compactness_loss(passed.logits, passed.labels)
 
     def _embedded(self, passed: Pass | PooledPass) -> Embedded:
         """Contour and ring of each slice, embedded."""
-        _require_shapes(passed.labels)
         features_BF = (
             features_of(passed) if isinstance(passed, Pass) else passed.features
         )
@@ -517,12 +534,3 @@ def _meta(
 
 def _divided(cotangent: State, share: float) -> State:
     return {name: c / share for name, c in cotangent.items()} if share else cotangent
-
-
-def _require_shapes(labels_B: Tensor) -> None:
-    if labels_B.ndim < 3:
-        raise ConfigError(
-            "SAML's losses are about shapes, and the labels of this study have none",
-            hint="Choose a segmentation task, or set strategy.compact_weight: 0 and "
-            "strategy.smooth_weight: 0.",
-        )

@@ -20,7 +20,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from fedmed.strategy import (
     Weighting,
     at_site,
     check_constants,
+    check_count,
 )
 from fedmed.training.coupled import (
     NOTHING_TOLD,
@@ -66,6 +67,9 @@ from fedmed.training.statistic_bank import (
     banked_sites,
     updated_bank,
 )
+
+if TYPE_CHECKING:
+    from fedmed.task import Task
 
 _BANK = "class_bank"
 _ROWS = "rows"
@@ -176,6 +180,10 @@ class UMMKD(Strategy):
             ("min_count", self.min_count >= 1, ">= 1"),
             ("bank_momentum", 0 <= self.bank_momentum < 1, "in [0, 1)"),
         )
+
+    def check_task(self, task: Task, batch_size: int) -> None:
+        """Refuse batches of a classification that hold too few labels."""
+        check_count(task, batch_size, self.min_count)
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Compare the sites' soft confusions, then sum gradients that know of it."""

@@ -3,7 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.evaluation import CLASSES, SHAPE, Row, as_json, draw_case
+from benchmarks import evaluation
+from benchmarks.evaluation import (
+    CLASSES,
+    SHAPE,
+    Row,
+    as_json,
+    draw_case,
+    monai_hd95_in_float64,
+    score_monai,
+    score_ours,
+)
 
 NAMES = ["fedmed", "monai", "surface-distance"]
 
@@ -30,8 +40,27 @@ def test_without_monai_there_is_no_ratio():
     assert result["missing"] == ["monai", "surface-distance"]
 
 
+class TwoCases:
+    """In the place of the volumes in shared memory."""
+
+    arrays = (draw_case(0, 0), draw_case(0, 18))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_percentile_that_float32_cannot_place_is_taken_in_float64():
+    pytest.importorskip("monai")
+    ours, theirs = (
+        score(*TwoCases.arrays[1])[2][2] for score in (score_ours, score_monai)
+    )
+    assert abs(theirs - ours) > 1e-5 * ours
+    precise = monai_hd95_in_float64(*TwoCases.arrays[1], CLASSES[2])
+    assert precise == pytest.approx(ours, rel=1e-7)
+
+
 @pytest.mark.parametrize(("place", "change"), [(0, 1e-5), (1, 1e-4), (2, 1e-4)])
-def test_other_values_are_noticed(place, change):
+def test_other_values_are_noticed(place, change, monkeypatch):
+    monkeypatch.setattr(evaluation, "_CASES", [TwoCases])
+    monkeypatch.setattr(evaluation, "monai_hd95_in_float64", lambda *_: 3.0 + change)
     wrong = rows_of()[0].values.copy()
     wrong[1, 2, place] += change
     checks = as_json(rows_of(monai=wrong), NAMES)["checks"].values()

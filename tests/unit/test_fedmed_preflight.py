@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from fedmed.errors import ConfigError, ResumeError
-from fedmed.preflight import check_folder, check_options, settle
+from fedmed.preflight import check_folder, check_method, check_options, settle
+from fedmed.resolve import load_strategy
 from fedmed.runfolder import RunFolder
 from fedmed.study import Study, study_from_dict
+from fedmed.task import Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 runs = importlib.import_module("tiny.runs")
@@ -98,3 +100,67 @@ def test_an_unknown_option_of_a_transport() -> None:
     given = study(transport={"name": "workers", "num_worker": 4})
     with pytest.raises(ConfigError, match="did you mean 'num_workers'"):
         check_options(open_workers, given, set())
+
+
+TABLE = Task("classification", ("well", "ill"), 8, 0)
+PICTURES = Task("classification", ("well", "ill"), 1, 2)
+VOLUMES = Task("segmentation", ("background", "organ"), 1, 3)
+NO_SHAPES = {"compact_weight": 0, "smooth_weight": 0}
+
+
+def check(name: str, task: Task, sites: int = 6, **options: Any) -> None:
+    own = study(strategy={"name": name, **options})
+    check_method(load_strategy(name, own.strategy.options), own, task, sites)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "task", "told"),
+    [
+        ("bigaug", {}, TABLE, "images.*table"),
+        ("harmofl", {}, TABLE, "images.*table"),
+        ("feddg", {"boundary_weight": 0}, TABLE, "images.*table"),
+        ("feddg", {}, PICTURES, "no boundary"),
+        ("saml", {}, PICTURES, "shapes"),
+        ("saml", {"compact_weight": 0}, TABLE, "shapes"),
+        ("masf", {}, TABLE, "min_count is 100, and a batch holds 8"),
+        ("ummkd", {"min_count": 9}, PICTURES, "min_count is 9, and a batch holds 8"),
+    ],
+)
+def test_a_method_that_has_nothing_to_say_about_the_data_is_refused(
+    name: str, options: dict[str, Any], task: Task, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(name, task, **options)
+    check(name, VOLUMES, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("harmofl", {"normalise": False}),
+        ("feddg", {"interpolation": 0, "boundary_weight": 0}),
+        ("saml", NO_SHAPES),
+        ("masf", {"min_count": 8}),
+        ("ummkd", {"min_count": 8}),
+        ("fedavg", {}),
+    ],
+)
+def test_what_is_switched_off_asks_for_nothing(
+    name: str, options: dict[str, Any]
+) -> None:
+    check(name, TABLE, **options)
+
+
+@pytest.mark.parametrize("name", ["mldg", "masf", "saml"])
+def test_an_episode_needs_a_site_in_each_of_its_groups(name: str) -> None:
+    check(name, VOLUMES, 2)
+    with pytest.raises(ConfigError, match="needs 2 sites that train, and there are 1"):
+        check(name, VOLUMES, 1)
+    with pytest.raises(ConfigError, match="needs 5 sites that train, and there are 4"):
+        check(name, VOLUMES, 4, num_meta_train=2, num_meta_test=3)
+
+
+def test_a_round_of_one_site_has_no_episode() -> None:
+    own = study(strategy={"name": "mldg"}, sites_per_round=1)
+    with pytest.raises(ConfigError, match="sites_per_round is 1"):
+        check_method(load_strategy("mldg", {}), own, VOLUMES, 6)

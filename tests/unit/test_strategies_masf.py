@@ -360,5 +360,5 @@ def test_impossible_constants_are_refused(options):
 @pytest.mark.parametrize("sync", ["round", "step"])
 def test_a_batch_too_small_for_any_class_is_said_and_not_passed_over(tmp_path, sync):
     study = study_of(sync, base=runs.TABLE, strategy={"min_count": 100})
-    with pytest.raises(QuorumError, match="min_count is 100, and a batch holds 3"):
+    with pytest.raises(ConfigError, match="min_count is 100, and a batch holds 3"):
         runs.run(study, tmp_path)

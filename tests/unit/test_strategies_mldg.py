@@ -12,6 +12,8 @@ from fedmed.episodes import draw_episode
 from fedmed.errors import ConfigError
 from fedmed.prove import prove
 from fedmed.seeds import derive
+from fedmed.strategy import Private
+from sites.context import HospitalContext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 runs = importlib.import_module("tiny.runs")
@@ -67,6 +69,34 @@ def test_the_orders_differ_where_the_inner_step_is_long(tmp_path):
 def test_second_order_asks_three_times(tmp_path):
     result = runs.run(study_of(order="second"), tmp_path)
     assert result.rounds[0]["exchanges"] == 3 + 1
+
+
+def test_the_curvature_is_that_of_the_network_that_the_gradient_dropped_from():
+    network = {"name": "tiny.dropping:Dropping", "mode": "slice"}
+    study = runs.make_study(
+        runs.IMAGE | {"model": network},
+        "mldg", train=SGD | {"precision": "float64"},
+        strategy={"sync": "step", "order": "second"},
+    )  # fmt: skip
+    ward = runs.Ward(study)
+    bench, w = ward.benches["a"], ward.server.trainable()
+    generator = torch.Generator().manual_seed(0)
+    vector = {n: torch.randn(t.shape, generator=generator).to(t) for n, t in w.items()}
+
+    def asked(action, state, **content):
+        site = HospitalContext(bench, Private(), 1)
+        shared = {**ward.server.shared, **state}
+        return action(site, weights=shared, index=0, **content).payload.state
+
+    step = 1e-8  # so short that hardly any activation changes sign
+    ahead, behind = (
+        asked(ward.strategy.gradient, {n: w[n] + by * vector[n] for n in w})
+        for by in (step, -step)
+    )
+    found = asked(ward.strategy.curvature, {}, vector=vector)
+    for name in w:
+        expected = (ahead[name] - behind[name]) / (2 * step)
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("lost", ["a", "b", "c"])

@@ -188,7 +188,7 @@ def test_without_a_meta_test_site_the_step_is_one_on_the_meta_train_sites():
 
 
 def test_shapes_need_a_segmentation(tmp_path):
-    with pytest.raises(QuorumError, match="shapes"):
+    with pytest.raises(ConfigError, match="shapes"):
         runs.run(study_of(base=runs.TABLE), tmp_path / "a")
     plain = runs.run(study_of(base=runs.TABLE, strategy=PLAIN), tmp_path / "b")
     assert [record["round"] for record in plain.rounds] == [1, 2]
