@@ -72,6 +72,19 @@ class Slot:
         """Bytes in it."""
         return self.numel * self.dtype.itemsize
 
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of the row-major tensor, in numbers."""
+        found = [1]
+        for size in reversed(self.shape[1:]):
+            found.append(found[-1] * size)
+        return tuple(reversed(found))[: len(self.shape)]
+
+    @functools.cached_property
+    def position(self) -> int:
+        """Numbers of its own dtype from the start of the buffer."""
+        return self.offset // self.dtype.itemsize
+
     def read(self, buffer: Tensor) -> Tensor:
         """View it in a buffer of bytes."""
         flat = buffer[self.offset : self.offset + self.num_bytes]
@@ -208,7 +221,7 @@ class FlatTensors(Mapping[str, Tensor]):
         squares: Sums of squares of the runs that were measured when they were packed.
     """
 
-    __slots__ = ("_views", "adder", "buffer", "layout", "squares")
+    __slots__ = ("_typed", "_views", "adder", "buffer", "layout", "squares")
 
     def __init__(
         self, layout: Layout, buffer: Tensor, adder: Adder | None = None
@@ -218,12 +231,29 @@ class FlatTensors(Mapping[str, Tensor]):
         self.adder = adder
         self.squares: dict[Run, float] = {}
         self._views: dict[str, Tensor] = {}
+        self._typed: dict[torch.dtype, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """View one tensor."""
         if name not in self._views:
-            self._views[name] = self.layout.by_name[name].read(self.buffer)
+            slot = self.layout.by_name[name]
+            numbers = self._numbers(slot.dtype)
+            self._views[name] = numbers.as_strided(
+                slot.shape, slot.strides, numbers.storage_offset() + slot.position
+            )
         return self._views[name]
+
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """Copy some tensors of one dtype, one behind the other, to (N,)."""
+        slots = [self.layout.by_name[name] for name in names]
+        numbers = self._numbers(slots[0].dtype)
+        return torch.cat([numbers[s.position : s.position + s.numel] for s in slots])
+
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        """View the whole buffer as numbers of one dtype."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self.buffer[: self.layout.num_bytes].view(dtype)
+        return self._typed[dtype]
 
     def __iter__(self) -> Iterator[str]:
         """Names in sorted order."""
@@ -361,25 +391,45 @@ def _fill(
     run: Tensor, tensors: list[Tensor], origin: Tensor | None, measured: bool
 ) -> float:
     """Fill a run; give its sum of squares if it is to be measured."""
-    tensors = [tensor.detach() for tensor in tensors]
     if origin is not None and origin.numel() != run.numel():
         origin = None  # its names or shapes are wrong, which the gate will say
-    plain = all(t.is_contiguous() and t.device.type == "cpu" for t in tensors)
-    if plain and len(run) <= CHUNK:
-        torch.cat([tensor.view(-1) for tensor in tensors], out=run)
-        return sum_of_squares(run, origin) if measured else 0.0
-    total, start = 0.0, 0
-    for tensor in tensors:
-        end = start + tensor.numel()
-        target = run[start:end]
-        own = None if origin is None else origin[start:end]
-        if plain and measured:
-            total += _copy_measured(target, tensor.view(-1), own)
+    total, start, end = 0.0, 0, 0
+    small: list[Tensor] = []
+    for tensor in (tensor.detach() for tensor in tensors):
+        if small and (end - start >= MEASURED or tensor.numel() > MEASURED):
+            total += _join(run[start:end], small, _part(origin, start, end), measured)
+            small, start = [], end
+        end += tensor.numel()
+        if tensor.numel() > MEASURED:
+            total += _copy(run[start:end], tensor, _part(origin, start, end), measured)
+            start = end
         else:
-            target.view(tensor.shape).copy_(tensor)
-            total += sum_of_squares(target, own) if measured else 0.0
-        start = end
+            small.append(tensor)
+    if small:
+        total += _join(run[start:end], small, _part(origin, start, end), measured)
     return total
+
+
+def _part(origin: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if origin is None else origin[start:end]
+
+
+def _join(
+    target: Tensor, tensors: list[Tensor], origin: Tensor | None, measured: bool
+) -> float:
+    """Lay small tensors side by side, in one call; they are still in the cache then."""
+    torch.cat([tensor.cpu().reshape(-1) for tensor in tensors], out=target)
+    return sum_of_squares(target, origin) if measured else 0.0
+
+
+def _copy(
+    target: Tensor, tensor: Tensor, origin: Tensor | None, measured: bool
+) -> float:
+    """Copy one large tensor."""
+    if measured and tensor.is_contiguous() and tensor.device.type == "cpu":
+        return _copy_measured(target, tensor.view(-1), origin)
+    target.view(tensor.shape).copy_(tensor)
+    return sum_of_squares(target, origin) if measured else 0.0
 
 
 def _copy_measured(target: Tensor, values: Tensor, origin: Tensor | None) -> float:

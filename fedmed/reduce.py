@@ -184,14 +184,31 @@ def _merge_rows(
     if held and first.adder:
         names = tuple(section.slots[name].name for name in held)
         first.adder.bring([rows[site] for site in shares], names)
+    by_dtype: dict[torch.dtype, list[str]] = {}
     for name in filter(_is_variance, held):
-        mean_name = _mean_of_variance(name, merged)
-        means, variances = (
-            [rows[site][section.slots[n].name] for site in shares]
-            for n in (mean_name, name)
-        )
-        merged[name].copy_(_total_variance(means, variances, list(shares.values())))
+        by_dtype.setdefault(merged[name].dtype, []).append(name)
+    for names_of_one in by_dtype.values():
+        _merge_variances(merged, names_of_one, section, rows, shares)
     return merged
+
+
+def _merge_variances(
+    merged: State,
+    names: Sequence[str],
+    section: Section,
+    rows: Mapping[SiteId, FlatTensors],
+    shares: Mapping[SiteId, float],
+) -> None:
+    """Merge the variances of all layers at once: a layer's are few numbers."""
+    mean_names = [_mean_of_variance(name, merged) for name in names]
+    means, variances = (
+        [rows[s].joined([section.slots[n].name for n in wanted]) for s in shares]
+        for wanted in (mean_names, names)
+    )
+    found = _total_variance(means, variances, list(shares.values()))
+    sizes = [merged[name].numel() for name in names]
+    for name, part in zip(names, torch.split(found, sizes), strict=True):
+        merged[name].copy_(part.view(merged[name].shape))
 
 
 def _is_variance(name: str) -> bool:

@@ -9,7 +9,7 @@ anything stored on `self` would leak between them; strategies are frozen.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import (
@@ -307,8 +307,10 @@ class SiteContext(Protocol):
         message has draws of its own (dropout masks).
         """
 
-    def shared_of(self, model: nn.Module) -> State:
-        """Copy the shared entries out of the network."""
+    def shared_of(
+        self, model: nn.Module, *, only: Container[str] | None = None
+    ) -> State:
+        """Copy the shared entries out of the network: all, or only some."""
 
     def keep(self, model: nn.Module, **states: State) -> Private:
         """The private value after this action: kept entries plus further states."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -442,9 +442,14 @@ class HospitalContext:
         root, number = self._bench.study.seed, self.round
         return seeds.seeded(seeds.derive(root, "draws", self.site_id, number, *purpose))
 
-    def shared_of(self, model: nn.Module) -> State:
-        """Copy the shared entries out of the network."""
-        return self._bench.entries(model, self.partition.shared)
+    def shared_of(
+        self, model: nn.Module, *, only: Container[str] | None = None
+    ) -> State:
+        """Copy the shared entries out of the network: all, or only some."""
+        names: Iterable[str] = self.partition.shared
+        if only is not None:
+            names = [name for name in names if name in only]
+        return self._bench.entries(model, names)
 
     def keep(self, model: nn.Module, **states: State) -> Private:
         """The private value after this action: kept entries plus further states."""

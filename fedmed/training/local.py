@@ -16,6 +16,7 @@ from fedmed.payload import Gradient, Weights
 from fedmed.reduce import weighted_mean
 from fedmed.replies import states_of
 from fedmed.strategy import Outcome, Replies, Server, SiteContext
+from fedmed.training.trainer import names_of_buffers, trainable
 
 if TYPE_CHECKING:
     from fedmed.training.trainer import TrainResult
@@ -72,7 +73,7 @@ def gradient_outcome(
     own = clip(own, site.trainer.clip_norm)
     moments: State = {}
     if own:
-        named = dict(model.named_parameters())
+        named = trainable(model)
         moments = memory_like(site.private.states.get(memory, {}), named)
         step_in_place(named, own, optimizer_at(site, index), moments)
     payload = Gradient(
@@ -90,8 +91,7 @@ def optimizer_at(site: SiteContext, index: int) -> OptimizerSpec:
 
 
 def _shared_buffers(site: SiteContext, model: nn.Module) -> State:
-    buffers = {name for name, _ in model.named_buffers()}
-    return {n: t for n, t in site.shared_of(model).items() if n in buffers}
+    return site.shared_of(model, only=names_of_buffers(model))
 
 
 def step_here(

@@ -197,6 +197,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in _PARAMETERS[model].items() if p.requires_grad}
 
 
+_BUFFERS: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def names_of_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of a network's buffers, listed once."""
+    if model not in _BUFFERS:
+        _BUFFERS[model] = frozenset(name for name, _ in model.named_buffers())
+    return _BUFFERS[model]
+
+
 def _forget_gradients(named: Mapping[str, nn.Parameter]) -> None:
     for parameter in named.values():
         parameter.grad = None

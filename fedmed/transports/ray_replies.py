@@ -40,6 +40,7 @@ class WaitingTensors(FlatTensors):
         self.worker = worker
         self.squares = {}
         self._views = {}
+        self._typed = {}
         self._here: torch.Tensor | None = None
 
     # Mappings compare by content and so have no hash; a reply is known by itself.
@@ -63,6 +64,12 @@ class WaitingTensors(FlatTensors):
     def waits(self) -> bool:
         """Whether it is still at its actor."""
         return self._here is None
+
+    def joined(self, names: Sequence[str]) -> torch.Tensor:
+        """Copy some tensors of one dtype to (N,); what was brought suffices."""
+        if self.waits:
+            return torch.cat([self[name].reshape(-1) for name in names])
+        return super().joined(names)
 
     def keep(self, views: Mapping[str, torch.Tensor]) -> None:
         """Take some tensors that came without the others."""
