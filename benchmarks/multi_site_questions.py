@@ -214,8 +214,8 @@ QUESTIONS: Final = {
             quick=("sites.cases_per_site=5",),
             remarks=(
                 "This is the third table. At a constant learning rate: separate 91.82, "
-                "joint 90.32, without distillation 91.32, with it 90.99 (−0.33 points, "
-                "−0.50 to −0.14), and up to 2.6 points between seeds of one method. "
+                "joint 90.32, without distillation 91.32, with it 90.99 (-0.33 points, "
+                "-0.50 to -0.14), and up to 2.6 points between seeds of one method. "
                 "With a rate that falls to 1/2000 over the run, as in the publication, "
                 "which has 300 times as many steps: 60.63, 61.20, 59.53 and 56.53, all "
                 "hardly trained. Now the rate falls to a tenth for the last fifth of "
