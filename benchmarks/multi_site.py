@@ -1,10 +1,13 @@
 """Does it help to know which hospital a scan is from? The tables of docs/results.md.
 
     python -m benchmarks.multi_site prostate      MS-Net's table, on phantoms
+    python -m benchmarks.multi_site prostate_short   the same after fewer steps
     python -m benchmarks.multi_site sync          one exchange a round, against a step
     python -m benchmarks.multi_site heart         distillation between MR and CT
+    python -m benchmarks.multi_site heart_few     the same with few patients
     python -m benchmarks.multi_site spinal        the same rows on real data, which
     python -m benchmarks.multi_site retina        lie in the folder $FEDMED_DATA
+    python -m benchmarks.multi_site precision     bfloat16 against float32
     python -m benchmarks.multi_site unseen        SAML's table: a hospital left out
     python -m benchmarks.multi_site brain         MASF's table: trained on one hospital
     python -m benchmarks.multi_site camera        a retina camera left out, real data

@@ -134,11 +134,15 @@ UMMKD_CLAIMS: Final = (
     Claim("ummkd[kd_weight=0]", "joint"),
     Claim("ummkd", "joint"),
 )
-SYNC_ROWS: Final = ("dsbn", "dsbn[sync=round]", "ms_net", "ms_net[sync=round]")
-SYNC_CLAIMS: Final = (
-    Claim("dsbn", "dsbn[sync=round]", margin=1.0),
-    Claim("ms_net", "ms_net[sync=round]", margin=1.0),
-)
+ANEW: Final = "evaluate.statistics=recalibrated"
+ROUNDS: Final = {
+    name: (f"{name}[sync=round]", f"{name}[sync=round,{ANEW}]")
+    for name in ("dsbn", "ms_net")
+}
+
+HALF: Final = {
+    name: f"{name}[train.precision=bfloat16]" for name in ("fedavg", "fedbn")
+}
 
 QUESTIONS: Final = {
     question.key: question
@@ -173,27 +177,20 @@ QUESTIONS: Final = {
             "sync",
             "Prostate, three phantom hospitals: one exchange a round instead of a step",
             "studies/ms_net_prostate.yaml",
-            SYNC_ROWS,
-            SYNC_CLAIMS,
+            tuple(row for name, rows in ROUNDS.items() for row in (name, *rows)),
+            tuple(
+                Claim(name, row, margin=1.0)
+                for name, rows in ROUNDS.items()
+                for row in rows
+            ),
             quick=TINY_PROSTATE,
             store="prostate",
             remarks=(
                 "Equal steps, batches and passes through the data; `sync: round` sends "
                 "50 times fewer messages and starts its optimiser afresh every round.",
-            ),
-        ),
-        Question(
-            "sync_recalibrated",
-            "Prostate, three phantom hospitals: the same, statistics estimated anew",
-            "studies/ms_net_prostate.yaml",
-            SYNC_ROWS,
-            SYNC_CLAIMS,
-            changes=("evaluate.statistics=recalibrated",),
-            quick=TINY_PROSTATE,
-            remarks=(
                 "With `sync: round` a site's running statistics belong to the kernels "
-                "that it had before they were averaged. Here every site, in all rows, "
-                "estimates them on its own training images with the kernels that it is "
+                "that it had before they were averaged; recalibrated, it estimates "
+                "them anew, on its own training images, with the kernels that it is "
                 "tested with.",
             ),
         ),
@@ -264,6 +261,21 @@ QUESTIONS: Final = {
             ),
             changes=("strategy.sync=step", "transport.name=inprocess"),
             quick=("preprocess.size=[64,64]",),
+        ),
+        Question(
+            "precision",
+            "Retinal vessels, three cameras, real photographs: bfloat16 and float32",
+            "studies/fundus_vessels.yaml",
+            tuple(row for name in ("fedavg", "fedbn") for row in (name, HALF[name])),
+            tuple(Claim(name, HALF[name], margin=1.0) for name in ("fedavg", "fedbn")),
+            changes=("transport.name=inprocess",),
+            quick=("preprocess.size=[64,64]",),
+            remarks=(
+                "bfloat16: forward passes under autocast, weights, sums and steps in "
+                "float32. A run's time says nothing here: this processor has no "
+                "instructions that make bfloat16 convolutions fast.",
+            ),
+            num_seeds=3,
         ),
         Question(
             "unseen",

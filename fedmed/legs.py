@@ -35,6 +35,10 @@ Protocol = Literal["within_site", "leave_one_site_out", "cross_site"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
+SECTIONS = ("train", "model", "preprocess", "evaluate")
+"""Sections of the study of which a method may change keys, in its brackets."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """Who trains and who tests in a leg; every site does both if nothing is set.
@@ -84,7 +88,8 @@ def read_method(label: str) -> tuple[str, tuple[str, ...]]:
     """Read a method: a strategy's name and its options.
 
     Args:
-        label: E.g. "ms_net" or "ms_net[sync=round,warmup_rounds=2]".
+        label: E.g. "ms_net" or "ms_net[sync=round,warmup_rounds=2]"; a key of the study
+            is written with its section: "scaffold[train.optimizer.name=sgd]".
 
     Returns:
         The name, and the options as overrides.
@@ -104,6 +109,12 @@ def read_method(label: str) -> tuple[str, tuple[str, ...]]:
         )
     name, options = found.group(1).strip(), found.group(2) or ""
     return name, tuple(word.strip() for word in options.split(",") if word.strip())
+
+
+def _of_study(option: str) -> bool:
+    """Whether an option in brackets is a key of the study, not of the strategy."""
+    key = option.partition("=")[0].strip()
+    return key == "rounds" or key.partition(".")[0] in SECTIONS
 
 
 def turns_of(protocol: Protocol, sites: Sequence[str]) -> tuple[Turn, ...]:
@@ -207,8 +218,9 @@ def study_of(
         load_strategy(name, {k: v for k, v in section.items() if k != "name"})
     except ConfigError:
         section.pop("sync", None)  # joint has one mode only
-    section = apply_overrides(section, given)
+    section = apply_overrides(section, [word for word in given if not _of_study(word)])
     changed = {**content, "seed": leg.seed, "strategy": section}
+    changed = apply_overrides(changed, [word for word in given if _of_study(word)])
     split = dict(content.get("split", {}))
     # Every seed divides the cases alike, so that cases can be paired.
     split.setdefault("seed", study.seed)

@@ -98,7 +98,12 @@ def _refuse_at_once(studies: Iterable[Study]) -> None:
     Raises:
         ConfigError: Of the first method that the study does not fit.
     """
-    by_method = {json.dumps(s.to_dict()["strategy"]): s for s in studies}
+    by_method: dict[str, Study] = {}
+    for study in studies:
+        content = study.to_dict()
+        # Seeds and sites left out take turns; what one may do, all may.
+        told = {k: v for k, v in content.items() if k not in {"seed", "split"}}
+        by_method.setdefault(json.dumps(told, sort_keys=True), study)
     for study in by_method.values():
         check_start(study)
 

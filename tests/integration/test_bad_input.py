@@ -204,6 +204,7 @@ def test_wrong_override(fedmed, work, override, words):
         ("scaffold", "train.optimizer.name=adam", "scaffold needs plain SGD"),
         ("fedmd", "rounds=1", "names no site that has them"),
         ("mldg", "split.held_out=[b, c]", "'mldg' needs 2 sites that train"),
+        ("fedavg[train.loss=dice]", "rounds=1", "dice_linear"),
         ("separate", "report={published: prostate_multi_site, columns: {x: a}}", "'x'"),
     ],
 )

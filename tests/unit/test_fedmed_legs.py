@@ -43,6 +43,33 @@ def test_a_method_in_brackets_is_the_strategy_with_these_options() -> None:
     assert (own.seed, own.split.seed) == (3, 0)
 
 
+def test_a_method_may_change_keys_of_the_study() -> None:
+    label = "fedprox[mu=0.5,train.optimizer.lr=0.5,evaluate.statistics=recalibrated]"
+    own = legs.study_of(CONTENT, study(), Leg(label, 0, None, ""))
+    assert own.strategy.options == {"mu": 0.5, "sync": "step"}
+    assert own.train.optimizer.lr == 0.5
+    assert own.evaluate.statistics == "recalibrated"
+    plain = legs.study_of(CONTENT, study(), Leg("fedprox[mu=0.5]", 0, None, ""))
+    assert plain.train.optimizer == study().train.optimizer
+    longer = legs.study_of(CONTENT, study(), Leg("fedavg[rounds=7]", 0, None, ""))
+    assert longer.rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("fedavg[train.optimizer.rate=1]", r"train\.optimizer\.rate"),
+        ("fedavg[sites.cases_per_site=9]", r"strategy\.sites"),
+        ("fedavg[seed=9]", r"strategy\.seed"),
+    ],
+)
+def test_a_method_may_not_change_the_data_or_what_is_no_key(
+    label: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        legs.study_of(CONTENT, study(), Leg(label, 0, None, ""))
+
+
 def test_unknown_options_of_a_method_are_refused_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"strategy\.nu"):
         legs.study_of(CONTENT, study(), Leg("fedprox[nu=1]", 0, None, ""))
