@@ -418,7 +418,10 @@ def _join(
     target: Tensor, tensors: list[Tensor], origin: Tensor | None, measured: bool
 ) -> float:
     """Lay small tensors side by side, in one call; they are still in the cache then."""
-    torch.cat([tensor.cpu().reshape(-1) for tensor in tensors], out=target)
+    if len({tensor.device for tensor in tensors}) == 1 and not tensors[0].is_cpu:
+        target.copy_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    else:
+        torch.cat([tensor.cpu().reshape(-1) for tensor in tensors], out=target)
     return sum_of_squares(target, origin) if measured else 0.0
 
 

@@ -176,23 +176,35 @@ def _notes(rows: Sequence[Row], sites: Sequence[str]) -> tuple[str, ...]:
         absent = [site for site in sites if site not in row.cells]
         if absent:
             notes.append(f"{row.label}: no result for {listing(absent)}.")
-    others = [note for site in sites for note in _other_cases(site, rows)]
+    others = _other_cases(sites, rows)
     if others and any(math.isfinite(row.overall.gain) for row in rows):
         others.append("The gain over training alone is over the cases of both rows.")
     notes += others
     return tuple(dict.fromkeys(notes))
 
 
-def _other_cases(site: str, rows: Sequence[Row]) -> list[str]:
+def _other_cases(sites: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Warn where rows are not from the same cases, e.g. all of a left-out site."""
-    counts: dict[int, list[str]] = {}
-    for row in rows:
-        if site in row.cells:
-            counts.setdefault(row.cells[site].num_cases, []).append(row.label)
-    if len(counts) < 2:
+
+    def count(row: Row, site: str) -> str:
+        return str(row.cells[site].num_cases) if site in row.cells else "none"
+
+    odd = [
+        site
+        for site in sites
+        if len({row.cells[site].num_cases for row in rows if site in row.cells}) > 1
+    ]
+    if not odd:
         return []
-    said = [f"{num} in {listing(labels)}" for num, labels in sorted(counts.items())]
-    return [f"Site {site}: rows differ in the number of cases: {'; '.join(said)}."]
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        counts = [count(row, site) for site in odd]
+        groups.setdefault(listing(counts), []).append(row.label)
+    ordered = sorted(groups.items(), key=lambda group: len(group[1]))
+    if len(ordered[-1][1]) > 2 and len(ordered) > 1:
+        ordered[-1] = (ordered[-1][0], ["all others"])
+    said = "; ".join(f"{counts} in {listing(labels)}" for counts, labels in ordered)
+    return [f"Rows differ in the number of cases at {listing(odd)}: {said}."]
 
 
 def _row_dict(row: Row) -> dict[str, Any]:

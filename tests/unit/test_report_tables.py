@@ -164,7 +164,7 @@ def test_rows_from_other_cases_are_noted(tmp_path: Path) -> None:
     lines = cases.read_text().splitlines(keepends=True)
     cases.write_text("".join(line for line in lines if ",a,case_00," not in line))
     notes = comparison_table(folder).notes
-    expected = "Site a: rows differ in the number of cases: 9 in x; 10 in separate."
+    expected = "Rows differ in the number of cases at a: 10 in separate; 9 in x."
     assert expected in notes
 
 
