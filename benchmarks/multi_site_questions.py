@@ -248,6 +248,7 @@ QUESTIONS: Final = {
                 "One volume a site (two at two sites), divided by blocks of slices: "
                 "the same person is on both sides, and no test across patients exists.",
             ),
+            num_seeds=2,
         ),
         Question(
             "retina",
@@ -261,6 +262,7 @@ QUESTIONS: Final = {
             ),
             changes=("strategy.sync=step", "transport.name=inprocess"),
             quick=("preprocess.size=[64,64]",),
+            num_seeds=3,
         ),
         Question(
             "precision",
