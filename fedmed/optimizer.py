@@ -181,17 +181,12 @@ def memory_like(memory: State, weights: Mapping[str, Tensor]) -> State:
         weights: Every name of `memory`.
     """
     copied: State = {}
-    targets, values = [], []
     for key, value in memory.items():
         name, _, slot = key.rpartition("|")
         if slot == "step":
             copied[key] = value.detach().to(weights[name].device, copy=True)
         else:
-            copied[key] = torch.empty_like(weights[name].detach())
-            targets.append(copied[key])
-            values.append(value.detach())
-    if targets:
-        torch._foreach_copy_(targets, values)
+            copied[key] = torch.empty_like(weights[name].detach()).copy_(value)
     return copied
 
 

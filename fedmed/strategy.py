@@ -360,9 +360,23 @@ def check_count(task: Task, batch_size: int, min_count: int) -> None:
     Raises:
         ConfigError: If examples have one label each and a batch is smaller than that.
     """
-    if task.kind == "classification" and batch_size < min_count:
+    if task.kind == "classification":
+        require_count(batch_size, min_count)
+
+
+def require_count(num_labels: int, min_count: int) -> None:
+    """Refuse a batch of which no class could ever have enough labels.
+
+    Args:
+        num_labels: Of the whole batch.
+        min_count: Fewest labels of a class for its mean to leave a site.
+
+    Raises:
+        ConfigError: If there are fewer.
+    """
+    if num_labels < min_count:
         raise ConfigError(
-            f"strategy.min_count is {min_count}, and a batch holds {batch_size} "
+            f"strategy.min_count is {min_count}, and a batch holds {num_labels} "
             "labels, so that no class can ever be compared",
             hint="Lower strategy.min_count, or raise train.batch_size. The "
             "hospital's policy has a min_count of its own.",

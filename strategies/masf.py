@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from fedmed.episodes import Episode, draw_episode, mean_over
-from fedmed.errors import ConfigError
 from fedmed.losses.known_voxels import one_hot_of_known
 from fedmed.message import SiteId, State
 from fedmed.networks.metric_network import (
@@ -51,6 +50,7 @@ from fedmed.strategy import (
     at_site,
     check_constants,
     check_count,
+    require_count,
 )
 from fedmed.training.alignment import (
     ROWS,
@@ -431,14 +431,7 @@ class MASF(Strategy):
         Raises:
             ConfigError: If no class of such a batch could ever be compared.
         """
-        num_labels = passed.labels.numel()
-        if num_labels < self.min_count:
-            raise ConfigError(
-                f"strategy.min_count is {self.min_count}, and a batch holds "
-                f"{num_labels} labels, so that no class can ever be compared",
-                hint="Lower strategy.min_count, or raise train.batch_size. The "
-                "hospital's policy has a min_count of its own.",
-            )
+        require_count(passed.labels.numel(), self.min_count)
         return RowTally.of(passed.logits, passed.labels)
 
     def _embedded(self, passed: Pass | PooledPass) -> Embedded:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedmed.errors import ConfigError
 from fedmed.losses.distillation import (
     Reduction,
     class_logit_sums,
@@ -46,6 +45,7 @@ from fedmed.strategy import (
     at_site,
     check_constants,
     check_count,
+    require_count,
 )
 from fedmed.training.coupled import (
     NOTHING_TOLD,
@@ -265,13 +265,7 @@ class UMMKD(Strategy):
         Raises:
             ConfigError: If no class of such a batch could ever be compared.
         """
-        if labels_B.numel() < self.min_count:
-            raise ConfigError(
-                f"strategy.min_count is {self.min_count}, and a batch holds "
-                f"{labels_B.numel()} labels, so that no class can ever be compared",
-                hint="Lower strategy.min_count, or raise train.batch_size. The "
-                "hospital's policy has a min_count of its own.",
-            )
+        require_count(labels_B.numel(), self.min_count)
         sums_LL, counts_L = class_logit_sums(logits_BL, labels_B, logits_BL.shape[1])
         return _Tally(sums_LL, counts_L, len(labels_B))
 

@@ -6,7 +6,6 @@ Strategies share code by calling these functions, not by inheriting from each ot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,10 +15,7 @@ from fedmed.payload import Gradient, Weights
 from fedmed.reduce import weighted_mean
 from fedmed.replies import states_of
 from fedmed.strategy import Outcome, Replies, Server, SiteContext
-from fedmed.training.trainer import names_of_buffers, trainable
-
-if TYPE_CHECKING:
-    from fedmed.training.trainer import TrainResult
+from fedmed.training.trainer import TrainResult, names_of_buffers, trainable
 
 OPTIMIZER = "optimizer"
 """Name of a site's optimiser memory in its private value."""
