@@ -150,12 +150,18 @@ def _run_all(
 
 
 def _run_in_turn(todo: Mapping[Path, Study], *, quiet: bool) -> bool:
-    for number, (path, study) in enumerate(todo.items(), 1):
-        if not quiet:
-            typer.echo(f"run {number}/{len(todo)}: {path.name}", err=True)
-        resume = RunFolder(path).lock_file.exists()
-        if not execute(study, path, resume=resume, quiet=quiet).finished:
-            return False
+    with listening() as should_stop:
+        for number, (path, study) in enumerate(todo.items(), 1):
+            if should_stop():
+                return False  # asked in the last round of the leg before
+            if not quiet:
+                typer.echo(f"run {number}/{len(todo)}: {path.name}", err=True)
+            resume = RunFolder(path).lock_file.exists()
+            result = execute(
+                study, path, resume=resume, quiet=quiet, should_stop=should_stop
+            )
+            if not result.finished:
+                return False
     return True
 
 

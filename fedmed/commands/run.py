@@ -48,7 +48,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turn Ctrl-C and SIGTERM into a polite request while a study runs."""
+    """Turn Ctrl-C and SIGTERM into a polite request while a study runs.
+
+    After a request nothing is left to be stopped: a signal that comes when the round is
+    saved must not tear the way out.
+    """
     request = StopRequest()
     before = {
         number: signal.signal(number, request.on_signal)
@@ -73,7 +77,7 @@ def listening() -> Iterator[StopRequest]:
     finally:
         sys.unraisablehook = report
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if request.asked else handler)
 
 
 def default_folder(study: Study) -> Path:
@@ -131,25 +135,26 @@ def require_run(folder: Path) -> None:
         )
 
 
-def execute(study: Study, out: Path, *, resume: bool, quiet: bool) -> RunResult:
+def execute(
+    study: Study, out: Path, *, resume: bool, quiet: bool, should_stop: StopRequest
+) -> RunResult:
     """Run a study with progress on the terminal."""
-    with listening() as should_stop:
-        if quiet:
-            # Ray prints to standard output when a worker dies; a program reads there.
-            with contextlib.redirect_stdout(sys.stderr):
-                return run_study(
-                    study,
-                    out,
-                    resume=resume,
-                    observer=Silence(),
-                    should_stop=should_stop,
-                )
-        first = _rounds_done(out) if resume else 0
-        title = f"{study.name} {study.strategy.name}"
-        with TerminalProgress(title, study.rounds, first) as progress:
+    if quiet:
+        # Ray prints to standard output when a worker dies; a program reads there.
+        with contextlib.redirect_stdout(sys.stderr):
             return run_study(
-                study, out, resume=resume, observer=progress, should_stop=should_stop
+                study,
+                out,
+                resume=resume,
+                observer=Silence(),
+                should_stop=should_stop,
             )
+    first = _rounds_done(out) if resume else 0
+    title = f"{study.name} {study.strategy.name}"
+    with TerminalProgress(title, study.rounds, first) as progress:
+        return run_study(
+            study, out, resume=resume, observer=progress, should_stop=should_stop
+        )
 
 
 def _rounds_done(out: Path) -> int:
@@ -180,7 +185,10 @@ def run_command(
         require_run(folder)
     refuse_foreign(folder, RUN_ENTRIES)
     try:
-        result = execute(study, folder, resume=resume, quiet=as_json)
+        with listening() as should_stop:
+            result = execute(
+                study, folder, resume=resume, quiet=as_json, should_stop=should_stop
+            )
     except KeyboardInterrupt:
         told = f"stopped in the middle of a round; go on with --resume --out {folder}"
         typer.echo(f"\nfedmed: {told}", err=True)

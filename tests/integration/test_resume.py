@@ -286,7 +286,8 @@ def test_ctrl_c_reaches_every_process_of_ray(fedmed, work, small):
 
 
 def test_two_ctrl_c_stop_at_once_and_lose_nothing(fedmed, work):
-    changes = {"rounds": 2, "train": {**line.TINY["train"], "local_steps": 30}}
+    # The round must outlast both signals, on a machine that is slow to send them.
+    changes = {"rounds": 2, "train": {**line.TINY["train"], "local_steps": 120}}
     study, out = line.write_study(work, **changes), work / "run"
     assert fedmed("run", study, "--out", work / "whole", "--no-report").code == 0
     started = fedmed.start("run", study, "--out", out, "--no-report")

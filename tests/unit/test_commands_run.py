@@ -10,6 +10,16 @@ import pytest
 from fedmed.commands.run import listening
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Give the signals back: after a request they stay ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Thing:
     """Something that can be referred to weakly."""
 
@@ -52,3 +62,10 @@ def test_signals_and_the_hook_are_given_back():
         assert sys.unraisablehook is not hook
     assert sys.unraisablehook is hook
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_signal_on_the_way_out_of_an_asked_stop_is_ignored():
+    with listening():
+        ask()
+    ask()
+    signal.raise_signal(signal.SIGTERM)
