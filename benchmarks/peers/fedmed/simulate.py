@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from benchmarks import workload
 from benchmarks.measured_study import NEVER, TRANSPORTS, study_of
-from fedmed.run import run_study
+from fedmed.run import Silence, run_study
+from fedmed.runfolder import Observer
 from fedmed.study import study_from_dict
 
 
@@ -41,22 +42,30 @@ class Clock:
 
 
 def simulate(name: str, num_rounds: int, folder: Path, *, precision: str) -> None:
-    """Run the study, and one round more, which evaluates and is not marked."""
-    content = study_of(
-        name,
-        rounds=num_rounds + 1,
-        transport=TRANSPORTS["workers"],
-        precision=precision,
-    )
-    quiet = {"evaluate": {"every": NEVER}, "checkpoint": {"every": NEVER}}
+    """Mark the rounds of one study, and tell the loss of a second one.
+
+    A study ends with an evaluation, which is not compared: the first has a round more,
+    which is not marked. The second, on no clock, ends where all others end.
+    """
     clock = Clock()
-    run_study(
-        study_from_dict({**quiet, "name": "bench", **content}), folder, observer=clock
-    )
+    run(name, num_rounds + 1, folder / "timed", precision=precision, observer=clock)
+    run(name, num_rounds, folder / "whole", precision=precision, observer=Silence())
     model = workload.build_model(name)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(load_file(folder / "whole" / "model.safetensors"))
     assert clock.rounds is not None
     clock.rounds.end(workload.probe_loss(name, model))
+
+
+def run(
+    name: str, rounds: int, folder: Path, *, precision: str, observer: Observer
+) -> None:
+    """Run a workload as a study."""
+    content = study_of(
+        name, rounds=rounds, transport=TRANSPORTS["workers"], precision=precision
+    )
+    quiet = {"evaluate": {"every": NEVER}, "checkpoint": {"every": NEVER}}
+    study = study_from_dict({**quiet, "name": "bench", **content})
+    run_study(study, folder, observer=observer)
 
 
 if __name__ == "__main__":
@@ -70,6 +79,6 @@ if __name__ == "__main__":
         simulate(
             arguments.workload,
             arguments.rounds,
-            Path(scratch, "run"),
+            Path(scratch),
             precision="bfloat16" if arguments.bfloat16 else "float32",
         )
