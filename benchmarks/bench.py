@@ -150,7 +150,22 @@ def results(
                 wholes.append((workload, combined(found), {**failed[key], **told}))
         elif (rows := summarise(workload, store, repetitions)) or failed[key]:
             tables.append((workload, rows, failed[key]))
-    return page(tables, wholes, commit=commit, repetitions=repetitions, quick=quick)
+    fewest = fewest_repetitions(known, store, most=repetitions)
+    return page(tables, wholes, commit=commit, repetitions=fewest, quick=quick)
+
+
+def fewest_repetitions(
+    known: Mapping[str, Workload], store: Store, *, most: int
+) -> int:
+    """Count what is stored of the workload that was repeated least; 0 if nothing is."""
+    counts = []
+    for key, workload in known.items():
+        name = "all" if workload.is_whole else workload.variants[0].name
+        aimed = range(min(most, workload.repetitions))
+        found = sum(store.read(key, name, number) is not None for number in aimed)
+        # What is repeated less on purpose is no gap.
+        counts.append(most if found == len(aimed) else found)
+    return min((count for count in counts if count), default=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measured_study import Timed
 from fedmed import seeds
 from fedmed.strategy import Strategy
 from fedmed.study import Study
@@ -38,47 +37,60 @@ def networks(model: nn.Module, num_sites: int, *, per_site: bool) -> list[nn.Mod
     return [copy.deepcopy(model, dict(memo)) for _ in range(num_sites)]
 
 
-def train_pooled(
-    study: Study,
-    site_ids: Sequence[str],
-    strategy: Strategy,
-    *,
-    cache: Path,
-    rounds: int,
-) -> Timed:
-    """Train as the study says; a round is the study's local steps."""
-    torch.set_num_threads(study.train.threads)
-    keep_freed_memory()
-    benches = [Workbench(study, site, cache) for site in site_ids]
-    indices: list[ExampleIndex] = [bench.indices[0] for bench in benches]
-    is_uniform = strategy.weighting == "uniform"
-    counts = [1 if is_uniform else len(index) for index in indices]
-    shares = [count / sum(counts) for count in counts]
-    models = networks(
-        benches[0].model.train(), len(benches), per_site=bool(strategy.keeps)
-    )
-    distinct = {id(p): p for model in models for p in model.parameters()}
-    section = study.train.optimizer
-    optimizer = torch.optim.Adam(distinct.values(), lr=section.lr, fused=True)
-    loss_of = benches[0].trainer.loss
-    took, losses = [], []
-    for number in range(1, rounds + 1):
+class PooledFloor:
+    """Trains as a study says, round by round; a round is the study's local steps.
+
+    Args:
+        study: The study.
+        site_ids: All sites.
+        strategy: Its method, of which the weights and what sites keep are read.
+        cache: Folder of prepared cases.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        site_ids: Sequence[str],
+        strategy: Strategy,
+        *,
+        cache: Path,
+    ) -> None:
+        torch.set_num_threads(study.train.threads)
+        keep_freed_memory()
+        benches = [Workbench(study, site, cache) for site in site_ids]
+        self.study, self.site_ids = study, site_ids
+        self.indices: list[ExampleIndex] = [bench.indices[0] for bench in benches]
+        is_uniform = strategy.weighting == "uniform"
+        counts = [1 if is_uniform else len(index) for index in self.indices]
+        self.shares = [count / sum(counts) for count in counts]
+        self.models = networks(
+            benches[0].model.train(), len(benches), per_site=bool(strategy.keeps)
+        )
+        distinct = {id(p): p for model in self.models for p in model.parameters()}
+        section = study.train.optimizer
+        self.optimizer = torch.optim.Adam(distinct.values(), lr=section.lr, fused=True)
+        self.loss_of = benches[0].trainer.loss
+        self.took_s: list[float] = []
+        self.losses: list[float] = []
+
+    def round(self) -> None:
+        """One round; notes its seconds and the sites' mean loss at its end."""
         began = time.perf_counter()
+        study, number = self.study, len(self.took_s) + 1
         streams = [
-            seeds.derive(study.seed, "batches", site, number) for site in site_ids
+            seeds.derive(study.seed, "batches", site, number) for site in self.site_ids
         ]
         for step in range(study.train.local_steps or 1):
-            optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             last = []
             for model, index, stream, share in zip(
-                models, indices, streams, shares, strict=True
+                self.models, self.indices, streams, self.shares, strict=True
             ):
                 batch = index.batch(stream, step, study.train.batch_size)
                 images = batch.images.contiguous(memory_format=torch.channels_last)
-                loss = loss_of(model(images), batch.labels)
+                loss = self.loss_of(model(images), batch.labels)
                 (loss * share).backward()
                 last.append(loss.detach())
-            optimizer.step()
-        losses.append(float(torch.stack(last).mean()))
-        took.append(time.perf_counter() - began)
-    return Timed(took, losses)
+            self.optimizer.step()
+        self.losses.append(float(torch.stack(last).mean()))
+        self.took_s.append(time.perf_counter() - began)

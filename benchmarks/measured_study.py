@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +147,6 @@ def measure_study(
         "first_exchange_s": clock.first_exchange_s - began,
         "loss": clock.losses[-2],
     }
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Seconds and mean loss of every round of a bare loop."""
-
-    took_s: Sequence[float]
-    losses: Sequence[float]
-
-    def described(self, skip: int) -> dict[str, Any]:
-        """As `described`, of the rounds after the first few."""
-        return {**described(self.took_s[skip:]), "loss": self.losses[-1]}
 
 
 def described(took: Sequence[float]) -> dict[str, Any]:

@@ -93,12 +93,14 @@ def table(workload: Workload, rows: Sequence[Row], failed: Mapping[str, str]) ->
     """One workload as a table."""
     has_memory = any(row.memory_bytes for row in rows)
     has_loss = any("loss" in row.facts for row in rows)
+    has_its_loss = any("reference_loss" in row.facts for row in rows)
     has_reference = any(row.reference_s for row in rows)
     has_bar = any(row.verdicts for row in rows)
     head = ["", "time", *(["floor", "ratio"] if has_reference else [])]
     head += ["at most"] if has_bar else []
     head += ["memory", "ratio"] if has_memory else []
     head += ["start"] + (["loss"] if has_loss else [])
+    head += ["the floor's"] if has_its_loss else []
     lines = [_heading(workload), _cells(head), _cells(["---"] * len(head))]
     for row in rows:
         cells = [row.variant.name, _spread(row.seconds, row.spread)]
@@ -110,6 +112,8 @@ def table(workload: Workload, rows: Sequence[Row], failed: Mapping[str, str]) ->
             cells += [_megabytes(row.memory_bytes), _number(row.memory_ratio)]
         cells.append(_seconds(row.facts.get("start_s")))
         cells += [_number(row.facts.get("loss"), 4)] if has_loss else []
+        if has_its_loss:
+            cells.append(_number(row.facts.get("reference_loss"), 4))
         lines.append(_cells(cells))
     return "\n".join([*lines, "", *_failed(failed), *_notes(workload)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import floor, workload
+from benchmarks.bench import fewest_repetitions
 from benchmarks.harness import (
     FailedRunError,
     Row,
@@ -72,6 +74,21 @@ def test_a_missed_bar_of_memory_is_a_missed_bar(tmp_path):
     assert rows[1].memory_ratio == pytest.approx(1.5)
     assert rows[1].is_met is False
     assert "**missed**" in table(WORKLOAD, rows, {})
+
+
+def test_the_page_tells_the_least_number_of_repetitions(tmp_path):
+    store = stored(tmp_path)
+    known = {
+        "W0": WORKLOAD,
+        "W1": dataclasses.replace(WORKLOAD, key="W1"),
+        "W2": dataclasses.replace(WORKLOAD, key="W2", repetitions=1),
+    }
+    assert fewest_repetitions(known, store, most=2) == 2
+    assert fewest_repetitions(known, store, most=5) == 3
+    store.write("W1", "floor", 0, result={"seconds": 1.0})
+    assert fewest_repetitions(known, store, most=5) == 1
+    store.write("W2", "floor", 0, result={"seconds": 1.0})
+    assert fewest_repetitions(known, store, most=1) == 1
 
 
 def test_time_counts_per_core():
