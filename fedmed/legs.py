@@ -265,6 +265,8 @@ def content_hash(study: Study, data: str) -> str:
         data: As `data_hash` gives it.
     """
     plain = what_counts(study.to_dict())
+    if not study.train.compile:
+        del plain["train"]["compile"]  # the hash that comparisons before this key have
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     # Options that were left out count with their defaults.
     plain["strategy"] = [study.strategy.name, asdict(strategy)]

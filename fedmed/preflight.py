@@ -157,24 +157,42 @@ def settle(study: Study, folder: RunFolder, cache: Path) -> Study:
     A run that goes on keeps what its lock file says.
 
     Args:
-        study: The study; `train.precision` may be "auto".
+        study: The study; `train.precision` and `train.compile` may be "auto".
         folder: The run folder.
         cache: Where prepared cases and measurements lie.
 
     Returns:
         The study with nothing left to decide.
     """
-    if study.train.precision != "auto":
+    asked = [key for key in _MEASURED if getattr(study.train, key) == "auto"]
+    if not asked:
         return study
+    before = None
     if folder.lock_file.exists():
-        precision = study_of_lock(folder.read_lock()).train.precision
-    else:
+        before = study_of_lock(folder.read_lock()).train
+    for key in asked:
+        found = _decide(key, study, cache) if before is None else getattr(before, key)
+        train = study.train.model_copy(update={key: found})
+        study = study.model_copy(update={"train": train})
+    return study
+
+
+_MEASURED = ("precision", "compile")
+"""Keys of `train` that may be left to a measurement; compiling knows the precision."""
+
+
+def _decide(key: str, study: Study, cache: Path) -> str | bool:
+    card, sites = importlib.import_module("sites.data").list_sites(study, cache)
+    task = Task.of(card)
+    found: str | bool
+    if key == "precision":
         decide = importlib.import_module("fedmed.training.precision").decide_precision
-        card, _ = importlib.import_module("sites.data").list_sites(study, cache)
-        precision = decide(study, Task.of(card), cache)
-        logger.info("train.precision: auto is %s on this machine", precision)
-    train = study.train.model_copy(update={"precision": precision})
-    return study.model_copy(update={"train": train})
+        found = decide(study, task, cache)
+    else:
+        decide = importlib.import_module("fedmed.training.compiling").decide_compile
+        found = decide(study, task, cache, study.sites_per_round or len(sites))
+    logger.info("train.%s: auto is %s on this machine", key, found)
+    return found
 
 
 def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
@@ -195,8 +213,9 @@ def check_folder(folder: RunFolder, study: Study, *, resume: bool) -> None:
     sync = load_strategy(section.name, section.options).sync
     now = study.to_dict()
     now["strategy"] = {**now["strategy"], "sync": sync}
-    if study.train.precision == "auto":
-        now["train"]["precision"] = before["train"]["precision"]
+    for key in _MEASURED:
+        if now["train"][key] == "auto":
+            now["train"][key] = before["train"][key]
     changed = differences(before, now)
     if changed:
         raise ResumeError(
@@ -272,6 +291,7 @@ def study_of_lock(lock: Mapping[str, Any]) -> Study:
 
 _FREE_TO_CHANGE = (
     "transport",
+    "train.gpu_memory_fraction",
     "tolerance.timeout_s",
     "tolerance.retries",
     "checkpoint",

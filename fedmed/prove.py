@@ -45,6 +45,7 @@ PROOF_STUDY: Mapping[str, Any] = {
         "loss": "dice_linear+cross_entropy",
         "optimizer": {"name": "sgd", "lr": 0.02},
         "precision": "float64",
+        "compile": False,
     },
     "evaluate": {"overlays": 0},
 }

@@ -193,7 +193,12 @@ class TrainSection(Section):
             and bfloat16 on this machine, by a measurement. The lock file holds which.
         augmentation: Options of `fedmed.training.augment.Augmentation`.
         threads: Torch threads per site, whatever the transport.
+        compile: Whether sites train with `torch.compile`, or auto: where a measurement
+            on this machine says that the study is long enough to pay for it. The lock
+            file holds which.
         device: "cpu", "cuda" or "auto".
+        gpu_memory_fraction: Most that a process may take of a GPU's memory, so that
+            several share one; None = all that is free.
     """
 
     batch_size: int = Field(8, ge=1)
@@ -208,7 +213,9 @@ class TrainSection(Section):
     precision: Literal["float32", "float64", "bfloat16", "auto"] = "float32"
     augmentation: Mapping[str, Any] = Field(default_factory=dict)
     threads: int = Field(1, ge=1)
+    compile: bool | Literal["auto"] = False
     device: str = "cpu"
+    gpu_memory_fraction: float | None = Field(None, gt=0, le=1)
 
     @field_validator("loss_options", "augmentation")
     @classmethod

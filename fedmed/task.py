@@ -222,17 +222,12 @@ def settled_precision(study: Study) -> Precision:
     return study.train.precision
 
 
-def limit_gpu_memory(device: str, fraction: float) -> None:
+def limit_gpu_memory(device: str, fraction: float | None) -> None:
     """Cap what this process may take of a GPU, so that several share one.
 
     Args:
         device: As `resolve_device` gives it; nothing happens on a CPU.
-        fraction: Share of the GPU's memory, in (0, 1].
-
-    Raises:
-        ConfigError: If the fraction is none.
+        fraction: Share of the GPU's memory, in (0, 1]; None = no cap.
     """
-    if not 0 < fraction <= 1:
-        raise ConfigError(f"share {fraction} of a GPU's memory; expected in (0, 1]")
-    if device.startswith("cuda"):
+    if fraction is not None and device.startswith("cuda"):
         torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device))

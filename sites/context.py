@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import math
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -23,7 +24,13 @@ from fedmed.partition import StatePartition
 from fedmed.resolve import load_strategy
 from fedmed.strategy import POOLED_SITE, Private, Strategy
 from fedmed.study import Study
-from fedmed.task import Task, build_model, build_trainer, resolve_device
+from fedmed.task import (
+    Task,
+    build_model,
+    build_trainer,
+    limit_gpu_memory,
+    resolve_device,
+)
 from fedmed.training.augment import Augmentation
 from fedmed.training.examples import Batch, ExampleIndex
 from fedmed.training.prefetch import available_cores, prefetched
@@ -86,12 +93,20 @@ class Workshop:
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The trainer of no site in particular."""
-        return build_trainer(self.study, "")
+        trainer = build_trainer(self.study, "")
+        if self.study.train.compile is False:
+            return trainer
+        # Imports the compiler, which takes longer than torch itself.
+        compiling = importlib.import_module("fedmed.training.compiling")
+        return replace(
+            trainer, compiled=compiling.compile_network(self.model, self.cache)
+        )
 
     @functools.cached_property
     def model(self) -> nn.Module:
         """The live network; weights are loaded per message."""
         device = resolve_device(self.study.train.device)
+        limit_gpu_memory(device, self.study.train.gpu_memory_fraction)
         model = build_model(self.study, self.task, self.strategy).to(device)
         if self.study.model.mode == "slice":
             # A third faster on CPUs, more on GPUs with tensor cores.

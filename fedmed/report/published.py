@@ -298,7 +298,8 @@ def _sites_of(
     _check_columns(source, given)
     by_name = {site.lower(): site for site in sites}
     same = {c: by_name[c.lower()] for c in source.columns if c.lower() in by_name}
-    return {**same, **given}
+    # A column whose named site took no part is told as missing, like one without.
+    return {c: site for c, site in {**same, **given}.items() if site in sites}
 
 
 def _paired(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -28,7 +30,8 @@ def hessian_vector(
         $H v$ by the names of `vector`, same shapes.
     """
     named = {name: p for name, p in trainable(model).items() if name in vector}
-    loss = trainer.forward(model, batch)
+    # Compiled code has no second derivative.
+    loss = replace(trainer, compiled=None).forward(model, batch)
     first = torch.autograd.grad(loss, list(named.values()), create_graph=True)
     terms = [
         (grad * vector[name].to(grad)).sum()

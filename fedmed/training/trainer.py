@@ -53,6 +53,19 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """A network and its compiled call; see `fedmed.training.compiling`.
+
+    Attributes:
+        module: The network.
+        call: Computes what `module` computes, up to rounding.
+    """
+
+    module: nn.Module
+    call: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Trainer:
     """Batches in, gradients or trained weights out.
 
@@ -63,6 +76,7 @@ class Trainer:
         clip_norm: Largest global L2 norm of a gradient, None = unlimited.
         device: Where the network lives.
         precision: "bfloat16" autocasts the forward pass; weights stay float32.
+        compiled: Called instead of its network; None = nothing is compiled.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -71,6 +85,7 @@ class Trainer:
     clip_norm: float | None = None
     device: str = "cpu"
     precision: Precision = "float32"
+    compiled: Compiled | None = None
 
     def forward(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Mean loss of one batch, differentiable."""
@@ -87,6 +102,8 @@ class Trainer:
             batch: The batch.
         """
         images, labels = self._sent(batch)
+        if self.compiled is not None and network is self.compiled.module:
+            network = self.compiled.call
         with self._autocast():
             return network(images, site=self.site_id), labels
 

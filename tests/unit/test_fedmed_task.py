@@ -162,6 +162,19 @@ def test_a_precision_that_nobody_has_settled_is_refused():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, -1.0])
 def test_a_share_of_a_gpu_is_a_share(fraction):
-    with pytest.raises(ConfigError, match="expected in"):
-        limit_gpu_memory("cpu", fraction)
+    with pytest.raises(ConfigError, match="gpu_memory_fraction"):
+        study({**SIZES}, train={"gpu_memory_fraction": fraction})
+
+
+def test_a_share_of_a_gpu_is_asked_of_gpus_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda fraction, device: asked.append((fraction, str(device))),
+    )
     limit_gpu_memory("cpu", 0.5)
+    limit_gpu_memory("cuda:1", None)
+    assert not asked
+    limit_gpu_memory("cuda:1", 0.5)
+    assert asked == [(0.5, "cuda:1")]

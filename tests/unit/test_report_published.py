@@ -129,6 +129,7 @@ def test_sites_of_other_names_are_mapped(compared: Path) -> None:
     row = {row[0]: row for row in found.text_rows()}["Separate"]
     assert row[1].startswith(f"{100 * ours['separate'].cells['c'].mean:.2f}")
     assert row[3] == NO_VALUE
+    assert "No site of this study stands for B." in found.marks
 
 
 def test_a_method_with_options_takes_the_row_where_it_is_alone(compared: Path) -> None:

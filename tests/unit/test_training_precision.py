@@ -8,13 +8,15 @@ import torch
 from fedmed.study import study_from_dict
 from fedmed.task import Task
 from fedmed.training import precision
-from fedmed.training.precision import (
+from fedmed.training.measurement import (
     batch_shape,
-    decide_precision,
-    measure_ratio,
     measured_signature,
     processor_name,
     random_batch,
+)
+from fedmed.training.precision import (
+    decide_precision,
+    measure_ratio,
     with_precision,
 )
 
@@ -72,7 +74,7 @@ def test_another_shape_or_network_is_another_measurement(measured, tmp_path):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"ratio": "fast"}', "[1]"])
+@pytest.mark.parametrize("content", ["", "{}", '{"numbers": {"ratio": "fast"}}', "[1]"])
 def test_a_damaged_note_is_measured_again(measured, tmp_path, content):
     calls = measured(2.0)
     decide_precision(study(), OUTLINES, tmp_path)
@@ -80,7 +82,7 @@ def test_a_damaged_note_is_measured_again(measured, tmp_path, content):
     note.write_text(content)
     assert decide_precision(study(), OUTLINES, tmp_path) == "bfloat16"
     assert len(calls) == 2
-    assert json.loads(note.read_text())["ratio"] == 2.0
+    assert json.loads(note.read_text())["numbers"] == {"ratio": 2.0}
 
 
 def test_what_is_settled_is_not_measured(measured, tmp_path):
