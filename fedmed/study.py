@@ -213,7 +213,7 @@ class TrainSection(Section):
     precision: Literal["float32", "float64", "bfloat16", "auto"] = "float32"
     augmentation: Mapping[str, Any] = Field(default_factory=dict)
     threads: int = Field(1, ge=1)
-    compile: bool | Literal["auto"] = False
+    compile: Literal[True, False, "auto"] = False
     device: str = "cpu"
     gpu_memory_fraction: float | None = Field(None, gt=0, le=1)
 
