@@ -95,9 +95,11 @@ def alone(task, cache):
 
     They look into every call, which the compiler cannot trace.
     """
+    # The compiler names its folder in the environment of whoever has imported it.
+    environment = {n: v for n, v in os.environ.items() if "TORCHINDUCTOR" not in n}
     done = subprocess.run(
         [sys.executable, __file__, task, str(cache)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
