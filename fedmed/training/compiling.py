@@ -110,9 +110,16 @@ def decide_compile(study: Study, task: Task, cache: Path, num_sites: int) -> boo
         return study.train.compile
     signature = measured_signature(study, task)
     signature["precision"] = study.train.precision
-    found = measured_once(
-        cache / "compile", signature, lambda: vars(measure_speeds(study, task, cache))
-    )
+    try:
+        found = measured_once(
+            cache / "compile",
+            signature,
+            lambda: vars(measure_speeds(study, task, cache)),
+        )
+    except (RuntimeError, FedMedError) as error:
+        # Not noted: the next study may find a compiler.
+        logger.info("not compiled: %s", str(error).partition("\n")[0])
+        return False
     speeds, num_steps = Speeds(**found), steps_of_a_process(study, num_sites)
     decided = speeds.pays_back(num_steps)
     logger.info(
@@ -144,26 +151,24 @@ def with_compile(study: Study, decided: bool) -> Study:
 def measure_speeds(study: Study, task: Task, cache: Path) -> Speeds:
     """Time training steps without and with compiling, in turns.
 
-    A network that cannot be compiled is as fast with as without.
+    Raises:
+        SiteError: If the network cannot be compiled.
+        RuntimeError: If it cannot be trained so.
     """
     model, batch = live_model(study, task), random_batch(study, task)
     plain = build_trainer(study, "")
     fast = replace(plain, compiled=compile_network(model, cache))
+    eager_s: list[float] = []
+    compiled_s: list[float] = []
     with computing_as_a_site(study.train.threads):
-        eager_s: list[float] = []
-        compiled_s: list[float] = []
-        try:
-            plain.train(model, [batch])
-            began = time.perf_counter()
-            fast.train(model, [batch])
-            first_s = time.perf_counter() - began
-            for _ in range(_REPEATS):
-                for trainer, seen in ((plain, eager_s), (fast, compiled_s)):
-                    began = time.perf_counter()
-                    trainer.train(model, [batch])
-                    seen.append(time.perf_counter() - began)
-        except (RuntimeError, FedMedError) as error:
-            logger.info("not compiled: %s", str(error).partition("\n")[0])
-            return Speeds(1.0, 1.0, 0.0)
+        plain.train(model, [batch])
+        began = time.perf_counter()
+        fast.train(model, [batch])
+        first_s = time.perf_counter() - began
+        for _ in range(_REPEATS):
+            for trainer, seen in ((plain, eager_s), (fast, compiled_s)):
+                began = time.perf_counter()
+                trainer.train(model, [batch])
+                seen.append(time.perf_counter() - began)
     middle_s = statistics.median(compiled_s)
     return Speeds(statistics.median(eager_s), middle_s, max(0.0, first_s - middle_s))
