@@ -6,6 +6,7 @@ algorithm; every published idea lives in a strategy.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from fedmed import seeds
 from fedmed.checkpoint import Checkpoint, Checkpoints
 from fedmed.correspondence import Correspondence, RoundLog, Stamp, failures, told
 from fedmed.errors import QuorumError, ResumeError
-from fedmed.gate import Expectation, screen
+from fedmed.gate import Expectation, UsualNorms, screen
 from fedmed.message import Message, SiteFailure, SiteId
 from fedmed.participation import draw
 from fedmed.replies import Replies
@@ -75,6 +76,7 @@ class Engine:
         evaluated: Every real site that is evaluated, training or held out.
         cards: Public card of each of them.
         public: The public site, which only a strategy's own exchanges ask.
+        usual_norms: By action, what its updates measured in the rounds so far.
         observer: Sees progress.
         columns: Columns of cases.csv.
         score: Turns one site's validation rows into its score.
@@ -95,6 +97,7 @@ class Engine:
     checkpoints: Checkpoints | None = None
     cards: Mapping[SiteId, Mapping[str, Any]] = field(default_factory=dict)
     public: Member | None = None
+    usual_norms: dict[str, UsualNorms] = field(default_factory=dict)
     _first_steps: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
@@ -132,9 +135,8 @@ class Engine:
         is_best: bool = False,
     ) -> None:
         states = {"shared": server.shared, "memory": server.memory}
-        checkpoints.save(
-            server.round, states, {"best": best}, score=best if is_best else None
-        )
+        facts = {"best": best, "usual_norms": self.usual_norms}
+        checkpoints.save(server.round, states, facts, score=best if is_best else None)
 
     def _files(self, number: int) -> bool:
         """Whether a round is checkpointed: by its number, or because it is the last."""
@@ -147,8 +149,11 @@ class Engine:
         number = server.round + 1
         started = time.monotonic()
         self.observer.round_started(number)
+        known = copy.deepcopy(self.usual_norms)
         for attempt in range(self.study.tolerance.retries + 1):
             log = RoundLog()
+            # What a failed attempt measured is forgotten, as a resumed run would.
+            self.usual_norms = copy.deepcopy(known)
             self._post.tokens = {}
             try:
                 after = self._attempt(server, number, attempt, log)
@@ -298,7 +303,8 @@ class Engine:
             alike=request.alike,
             sends=request.sends,
         )
-        accepted, refused = screen(messages, expectation)
+        usual = self.usual_norms.setdefault(request.action, {})
+        accepted, refused = screen(messages, expectation, usual)
         for site, why in refused.items():
             logger.warning("the reply of site %s was refused: %s", site, why)
         return dict(accepted), dict(refused)

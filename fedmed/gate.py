@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +30,15 @@ logger = logging.getLogger(__name__)
 MODEL_KINDS = frozenset({"Weights", "Gradient"})
 """Kinds whose tensors carry the names of the network's entries."""
 
+UsualNorms = dict[str, float]
+"""Section -> the median norm of sites, the largest one of the last exchanges."""
+
 _RAGGED_KINDS = frozenset({"Embedding", "AmplitudeStatistic"})
 _LARGEST_STATISTIC = 1 << 20
 """Numbers in one `ClassStatistic` whose shapes nobody declared: it grows with classes
 and features, never with voxels."""
+_FADING = 0.99
+"""What is left of a usual norm after one exchange: half of it after 69."""
 _STATISTICS = "buffers"
 _MEASURED_FROM = ("Weights", "state")
 """Kind and section whose numbers are values, not differences."""
@@ -47,9 +53,10 @@ class Expectation:
         reference: The server's shared entries: names, shapes, dtypes, and the origin
             from which an update by weights is measured.
         registered: Training examples each site registered with.
-        norm_factor: An update is refused if its L2 norm exceeds this many times the
-            median of the other sites'; None = not checked. Where sites play different
-            parts (`alike` is False), their norms say nothing about each other.
+        norm_factor: An update is refused if its L2 norm exceeds this many times both
+            the median of the other sites' and what was usual so far (`screen`); None =
+            not checked. Where sites play different parts (`alike` is False), their
+            norms say nothing about each other.
         max_norm: The same as an absolute number; None = not checked.
         kinds: Kinds that may come.
         alike: All sites send the same names and shapes; what most of them send is
@@ -86,23 +93,29 @@ def check_reply(message: Message, expectation: Expectation, *, site_id: SiteId) 
 
 
 def screen(
-    replies: Mapping[SiteId, Message], expectation: Expectation
+    replies: Mapping[SiteId, Message],
+    expectation: Expectation,
+    usual: UsualNorms | None = None,
 ) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
     """Sort the replies to one exchange into usable and refused ones.
 
     Args:
         replies: What came, in any order; the result does not depend on it.
         expectation: What it must look like.
+        usual: Norms of earlier exchanges of this kind; told of the accepted ones. A
+            network that is nearly right has next to no gradient on an easy batch, so
+            that a site with a hard one stands out among its neighbours, but not among
+            the exchanges before. None = nothing is known of any.
 
     Returns:
         Accepted replies and reasons of refusal, both in sorted order of sites.
     """
     accepted: dict[SiteId, Message] = {}
     refused: dict[SiteId, str] = {}
-    known: _Checked = {}
+    checked: _Checked = {}
     for site_id in sorted(replies):
         try:
-            _check(replies[site_id], expectation, site_id, known)
+            _check(replies[site_id], expectation, site_id, checked)
             accepted[site_id] = replies[site_id]
         except _RefusedError as refusal:
             refused[site_id] = str(refusal)
@@ -110,7 +123,8 @@ def screen(
         refused |= _unlike(accepted)
     accepted = {s: m for s, m in accepted.items() if s not in refused}
     if expectation.norm_factor is not None and expectation.alike:
-        refused |= _outsized(accepted, expectation, expectation.norm_factor)
+        known: UsualNorms = {} if usual is None else usual
+        refused |= _outsized(accepted, expectation, expectation.norm_factor, known)
     accepted = {s: m for s, m in accepted.items() if s not in refused}
     return accepted, dict(sorted(refused.items()))
 
@@ -403,22 +417,30 @@ def _difference(own: tuple[str, _Layout], usual: tuple[str, _Layout]) -> str:
 
 
 def _outsized(
-    messages: Mapping[SiteId, Message], expectation: Expectation, factor: float
+    messages: Mapping[SiteId, Message],
+    expectation: Expectation,
+    factor: float,
+    usual: UsualNorms,
 ) -> dict[SiteId, str]:
     norms = {site: update_norms(m, expectation) for site, m in messages.items()}
-    refused = {}
+    refused: dict[SiteId, str] = {}
     for section in sorted({section for own in norms.values() for section in own}):
         held = {site: own[section] for site, own in norms.items() if section in own}
-        largest = sorted(held.values())
+        ordered = sorted(held.values())
+        before = usual.get(section, 0.0)
         for site, norm in held.items():
-            median = _median_of_others(largest, norm)
+            median = _median_of_others(ordered, norm)
             # All others may stand still (a fully converged or frozen network).
-            if median > 0 and not norm <= factor * median:
+            if median > 0 and not norm <= factor * max(median, before):
                 refused[site] = (
                     f"the update's norm ({section}) is {norm:.3g}, "
-                    f"{norm / median:.3g} times the median of the other sites; at "
-                    f"most {factor:.3g} times is allowed"
+                    f"{norm / median:.3g} times the median of the other sites"
+                    + (f" and {norm / before:.3g} times the usual" if before else "")
+                    + f"; at most {factor:.3g} times is allowed"
                 )
+        kept = [norm for site, norm in held.items() if site not in refused]
+        if kept:
+            usual[section] = max(statistics.median(kept), _FADING * before)
     for site, why in refused.items():
         logger.warning("site %s: %s", site, why)
     return refused

@@ -265,9 +265,10 @@ def drive(
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     check_method(strategy, study, joined.task, len(joined.members))
     server = strategy.initial(fresh_server(study, joined.task, strategy))
-    best = None
+    best, usual_norms = None, {}
     if checkpoint is not None:
         server, best = restored(server, checkpoint), checkpoint.facts.get("best")
+        usual_norms = checkpoint.facts.get("usual_norms", {})
     folder.write_lock(lock_content(study, strategy, joined))
     folder.cut_back(at_round)
     engine = Engine(
@@ -284,6 +285,7 @@ def drive(
         score=functools.partial(score_rows, joined.task.kind),
         should_stop=should_stop,
         checkpoints=checkpoints,
+        usual_norms=usual_norms,
     )
     server, finished = engine.run(server, best)
     if not finished:

@@ -301,7 +301,7 @@ class ToleranceSection(Section):
         retries: How often a round below quorum is tried again.
         timeout_s: Longest wait for one exchange; None = no limit.
         norm_factor: An update is refused if its norm exceeds this many times the
-            median norm of the round.
+            median norm of the other sites, and of the exchanges before.
     """
 
     quarantine_budget: float = Field(0.2, ge=0, le=1)

@@ -235,6 +235,49 @@ def test_sites_that_stand_still_do_not_make_a_moving_one_suspect() -> None:
     assert refused == {}
 
 
+def gradient(norm: float) -> Message:
+    state = {"w": torch.zeros(4, 3), "b": torch.tensor([norm, 0.0, 0.0])}
+    return to_message(Gradient(num_examples=5, state=state))
+
+
+class TestUsualNorms:
+    """A hard batch among easy ones is no attack: its norm was usual not long ago."""
+
+    def test_a_usual_norm_passes_among_easy_batches(self) -> None:
+        usual: dict[str, float] = {}
+        first = {"a": gradient(0.2), "b": gradient(0.1), "c": gradient(0.4)}
+        assert screen(first, EXPECTATION, usual) == (first, {})
+        assert usual == {"state": pytest.approx(0.2)}
+        later = {"a": gradient(1e-4), "b": gradient(2e-4), "c": gradient(0.3)}
+        assert list(screen(later, EXPECTATION)[1]) == ["c"]
+        assert screen(later, EXPECTATION, usual) == (later, {})
+        assert usual == {"state": pytest.approx(0.2 * 0.99)}
+
+    def test_what_is_large_against_both_is_refused_and_changes_nothing(self) -> None:
+        usual = {"state": 0.2}
+        replies = {"a": gradient(1e-4), "b": gradient(2e-4), "c": gradient(21.0)}
+        _, refused = screen(replies, EXPECTATION, usual)
+        assert "1.4e+05 times the median" in refused["c"]
+        assert "and 105 times the usual" in refused["c"]
+        assert usual == {"state": pytest.approx(0.2 * 0.99)}
+
+    def test_a_minority_cannot_raise_what_is_usual(self) -> None:
+        usual: dict[str, float] = {}
+        for power in range(40):
+            # As large as passes, each time.
+            evil = 99 * max(1.0, usual.get("state", 1.0))
+            replies = {s: gradient(1.0) for s in "abc"} | {"d": gradient(evil)}
+            assert screen(replies, EXPECTATION, usual)[1] == {}, power
+        assert usual == {"state": pytest.approx(1.0)}
+
+    def test_the_usual_fades(self) -> None:
+        usual = {"state": 1.0}
+        still = {site: gradient(1e-9) for site in "abc"}
+        for _ in range(69):
+            screen(still, EXPECTATION, usual)
+        assert usual["state"] == pytest.approx(0.5, rel=0.01)
+
+
 def test_whatever_is_accepted_becomes_a_payload() -> None:
     accepted, _ = screen({"a": weights(1)}, EXPECTATION)
     payload = from_message(accepted["a"])
