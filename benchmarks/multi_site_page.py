@@ -110,6 +110,8 @@ def verdict(claim: Claim, test: PairedTest) -> str:
     split = len(seeds) > 1 and min(seeds) < 0 < max(seeds)
     if not test.p_holm < LEVEL:
         return "not shown: may be chance"
+    if not test.is_of_one_mind:
+        return "not shown: most patients lean the other way than the mean over sites"
     if test.difference > 0:
         return "**holds**" + (", though not with every seed" if split else "")
     return "**the reverse holds**"
@@ -214,8 +216,9 @@ def _claims(question: Question, comparison: Comparison) -> list[str]:
     plan = [(claim.better, claim.worse, claim.site) for claim in question.claims]
     tests = planned_tests(comparison, plan)
     rows = [_claim_row(c, t) for c, t in zip(question.claims, tests, strict=True)]
+    claim = "Claim" if question.is_later else "Claim, made beforehand"
     header = (
-        "Claim, made beforehand", "difference, points", "95 % interval",
+        claim, "difference, points", "95 % interval",
         "by seed", "better / worse", "p (Holm)", "what the test says",
     )  # fmt: skip
     told = (

@@ -301,6 +301,9 @@ class Engine:
             },
             norm_factor=self.study.tolerance.norm_factor,
             alike=request.alike,
+            comparable=request.comparable,
+            roles=request.roles,
+            checks=request.checks,
             sends=request.sends,
         )
         usual = self.usual_norms.setdefault(request.action, {})

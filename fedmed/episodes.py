@@ -33,6 +33,21 @@ class Episode:
         return replace(self.meta_train, members=tuple(ordered))
 
 
+def check_groups(num_meta_train: int | None, num_meta_test: int | None) -> None:
+    """Refuse groups of no site.
+
+    Raises:
+        ConfigError: Naming the group.
+    """
+    groups = {"num_meta_train": num_meta_train, "num_meta_test": num_meta_test}
+    for name, count in groups.items():
+        if count is not None and count < 1:
+            raise ConfigError(
+                f"strategy.{name} must be >= 1 (seen: {count})",
+                hint="Leave it out for the default.",
+            )
+
+
 def draw_episode(
     cohort: Cohort,
     index: int,

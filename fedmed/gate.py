@@ -14,7 +14,7 @@ import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 from fedmed.errors import SiteError
 from fedmed.flat import FlatTensors, Run, run_of, section_of, sum_of_squares
-from fedmed.message import Message, SiteId
+from fedmed.message import Message, SiteId, State
 from fedmed.payload import KINDS
 
 logger = logging.getLogger(__name__)
@@ -55,16 +55,19 @@ class Expectation:
         registered: Training examples each site registered with.
         norm_factor: An update is refused if its L2 norm exceeds this many times both
             the median of the other sites' and what was usual so far (`screen`); None =
-            not checked. Where sites play different parts (`alike` is False), their
-            norms say nothing about each other.
+            not checked.
         max_norm: The same as an absolute number; None = not checked.
         kinds: Kinds that may come.
-        alike: All sites send the same names and shapes; what most of them send is
-            right. False where sites play different parts in one exchange: then each
-            may send any part of what is declared.
+        alike: All sites (of one role) send the same names and shapes; what most of
+            them send is right. False: each may send any part of what is declared.
+        comparable: Sites' norms say something about each other. False: an update is
+            held against the largest ones so far alone, and the first of all against
+            nothing.
+        roles: By site; only sites of the same role are compared. Empty = all are.
         sends: Shape by name of what a reply's "state" holds; None: the network's
             entries, for a `ClassStatistic` whatever most sites send. Weights and
             gradients are always of the network's entries.
+        checks: By section of a reply: says what is wrong with it, "" if nothing is.
     """
 
     reference: Mapping[str, torch.Tensor]
@@ -73,7 +76,12 @@ class Expectation:
     max_norm: float | None = None
     kinds: frozenset[str] = frozenset(KINDS)
     alike: bool = True
+    comparable: bool = True
+    roles: Mapping[SiteId, str] = dataclasses.field(default_factory=dict)
     sends: Mapping[str, tuple[int, ...]] | None = None
+    checks: Mapping[str, Callable[[State], str]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class _RefusedError(Exception):
@@ -119,14 +127,26 @@ def screen(
             accepted[site_id] = replies[site_id]
         except _RefusedError as refusal:
             refused[site_id] = str(refusal)
-    if expectation.alike:
-        refused |= _unlike(accepted)
-    accepted = {s: m for s, m in accepted.items() if s not in refused}
-    if expectation.norm_factor is not None and expectation.alike:
-        known: UsualNorms = {} if usual is None else usual
-        refused |= _outsized(accepted, expectation, expectation.norm_factor, known)
+    known: UsualNorms = {} if usual is None else usual
+    for role, members in _by_role(accepted, expectation.roles).items():
+        if expectation.alike:
+            refused |= _unlike(members)
+        group = {s: m for s, m in members.items() if s not in refused}
+        if expectation.norm_factor is not None and expectation.alike:
+            refused |= _outsized(
+                group, expectation, expectation.norm_factor, known, role=role
+            )
     accepted = {s: m for s, m in accepted.items() if s not in refused}
     return accepted, dict(sorted(refused.items()))
+
+
+def _by_role(
+    messages: Mapping[SiteId, Message], roles: Mapping[SiteId, str]
+) -> dict[str, dict[SiteId, Message]]:
+    found: dict[str, dict[SiteId, Message]] = {}
+    for site, message in messages.items():
+        found.setdefault(roles.get(site, ""), {})[site] = message
+    return found
 
 
 def update_norms(message: Message, expectation: Expectation) -> dict[str, float]:
@@ -234,6 +254,9 @@ def _check(
     _check_header(message, expectation, site_id)
     _check_entries(message, expectation, {} if known is None else known)
     _check_finite(message)
+    for section, check in expectation.checks.items():
+        if problem := check(_state_of(message, section)):
+            raise _RefusedError(problem)
     if expectation.max_norm is not None:
         for section, norm in update_norms(message, expectation).items():
             if not norm <= expectation.max_norm:
@@ -241,6 +264,15 @@ def _check(
                     f"the update's norm ({section}) is {norm:.3g}; at most "
                     f"{expectation.max_norm:.3g} is allowed"
                 )
+
+
+def _state_of(message: Message, section: str) -> State:
+    return {
+        entry: tensor
+        for name, tensor in message.tensors.items()
+        for own, entry in [section_of(name)]
+        if own == section
+    }
 
 
 def _check_finite(message: Message) -> None:
@@ -421,26 +453,35 @@ def _outsized(
     expectation: Expectation,
     factor: float,
     usual: UsualNorms,
+    *,
+    role: str,
 ) -> dict[SiteId, str]:
     norms = {site: update_norms(m, expectation) for site, m in messages.items()}
     refused: dict[SiteId, str] = {}
     for section in sorted({section for own in norms.values() for section in own}):
         held = {site: own[section] for site, own in norms.items() if section in own}
         ordered = sorted(held.values())
-        before = usual.get(section, 0.0)
+        key = f"{role}/{section}" if role else section
+        before = usual.get(key, 0.0)
         for site, norm in held.items():
-            median = _median_of_others(ordered, norm)
+            against = {}
+            if expectation.comparable:
+                median = _median_of_others(ordered, norm)
+                against["the median of the other sites"] = median
+            against["the usual"] = before
             # All others may stand still (a fully converged or frozen network).
-            if median > 0 and not norm <= factor * max(median, before):
+            known = {what: value for what, value in against.items() if value > 0}
+            bound = max(known.values(), default=math.inf)
+            if not norm <= factor * bound:
+                times = [f"{norm / v:.3g} times {what}" for what, v in known.items()]
                 refused[site] = (
                     f"the update's norm ({section}) is {norm:.3g}, "
-                    f"{norm / median:.3g} times the median of the other sites"
-                    + (f" and {norm / before:.3g} times the usual" if before else "")
-                    + f"; at most {factor:.3g} times is allowed"
+                    f"{' and '.join(times)}; at most {factor:.3g} times is allowed"
                 )
         kept = [norm for site, norm in held.items() if site not in refused]
         if kept:
-            usual[section] = max(statistics.median(kept), _FADING * before)
+            now = statistics.median(kept) if expectation.comparable else max(kept)
+            usual[key] = max(now, _FADING * before)
     for site, why in refused.items():
         logger.warning("site %s: %s", site, why)
     return refused

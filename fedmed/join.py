@@ -175,6 +175,7 @@ def _facts(card: Card) -> dict[str, Any]:
         **{f"num_{name}": count for name, count in counts.items()},
         "num_examples": card.num_examples,
         "card": card.values.get("card", {}),
+        "case_names": card.values.get("case_names", ""),
         "quarantined": card.values.get("quarantined", {}),
         "fingerprint": card.values.get("data_fingerprint", ""),
     }

@@ -19,12 +19,12 @@ from fedmed.errors import ConfigError, ResumeError, StorageError, UsageError
 from fedmed.preflight import check_folder, what_counts
 from fedmed.resolve import load_strategy
 from fedmed.run import cache_folder
-from fedmed.runfolder import RunFolder
+from fedmed.runfolder import COMPARISON_FILE, RunFolder
 from fedmed.spelling import did_you_mean
 from fedmed.storage import write_atomic
 from fedmed.study import Study, apply_overrides, study_from_dict
 
-INDEX_FILE = "compare.json"
+INDEX_FILE = COMPARISON_FILE
 
 ALONE = "separate"
 """The method in which every site trains for itself."""
@@ -231,7 +231,8 @@ def study_of(
     changed["split"] = split
     own = study_from_dict(changed, where=f"the study for {leg.strategy}")
     strategy = load_strategy(own.strategy.name, own.strategy.options)
-    if leg.trained_on is not None and strategy.smallest_cohort > 1:
+    wants_others = strategy.needs_others or strategy.smallest_cohort > 1
+    if leg.trained_on is not None and wants_others:
         raise ConfigError(
             f"{leg.strategy} lets hospitals judge what others taught; under cross_site "
             "one trains alone",

@@ -52,6 +52,8 @@ class Entry:
         shape: Its shape.
         dtype: Its dtype.
         in_adapter: Whether it lies in an `Adapter`, next to its role.
+        momentum: Of running statistics: the share of the batch in what one forward
+            pass makes of them; None = of anything else, and of cumulative averages.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     in_adapter: bool = False
+    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ def describe_state(model: nn.Module) -> tuple[Entry, ...]:
         role = _role(owner, name.rpartition(".")[2], tensor.dtype)
         inside = not adapters.isdisjoint(_paths(name))
         shape = tuple(tensor.shape)
-        entries.append(Entry(name, part, role, shape, tensor.dtype, inside))
+        momentum = owner.momentum if isinstance(owner, _Batch) else None
+        momentum = momentum if role == "norm_statistic" else None
+        entries.append(Entry(name, part, role, shape, tensor.dtype, inside, momentum))
     return tuple(entries)
 
 

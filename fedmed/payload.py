@@ -75,7 +75,8 @@ class ClassStatistic(Payload):
 
     Attributes:
         state: Named arrays; their size depends on classes, never on voxels.
-        min_count: The smallest number of voxels or cases behind a present class.
+        min_count: The smallest number of voxels or cases behind a present class, for
+            the hospital's policy; outside it only says that there is one.
     """
 
     state: State = field(default_factory=dict)
@@ -102,7 +103,8 @@ class AmplitudeStatistic(Payload):
 
     Attributes:
         state: Named arrays; their size depends on the number of frequencies.
-        min_count: The smallest number of images behind one of the numbers.
+        min_count: The smallest number of images behind one of the numbers; outside the
+            hospital it only says that there is one.
     """
 
     state: State = field(default_factory=dict)

@@ -99,9 +99,10 @@ def prove(name: str, *, steps: int = 5, overrides: Sequence[str] = ()) -> Proof:
     study = study_from_dict(apply_overrides(content, overrides), where="the proof")
     strategy = _exact_strategy(study)
     _require_comparable(study, strategy, steps)
+    # First, for it sees the network before anything is trained.
+    pooled, start = _pooled(study, strategy, steps)
     with tempfile.TemporaryDirectory(prefix="fedmed-prove-") as temporary:
         federated = _federated(study, strategy, Path(temporary) / "run")
-    pooled, start = _pooled(study, strategy, steps)
     return _compare(name, steps, federated, pooled, start)
 
 
@@ -134,6 +135,7 @@ def _require_comparable(study: Study, strategy: Strategy, steps: int) -> None:
             )
 
 
+_Dropout = torch.nn.modules.dropout._DropoutNd
 Entries = Mapping[tuple[SiteId, str], torch.Tensor]
 """Every compared entry: ("", name) if shared, (site, name) if kept."""
 
@@ -160,6 +162,7 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
     benches = {s: context.Workbench(study, s, cache_folder(study)) for s in site_ids}
     task: Task = benches[site_ids[0]].task
     model = build_model(study, task, strategy)
+    _require_no_dropout(model)
     partition = benches[site_ids[0]].partition
     models = tied(model, site_ids, partition.shared)
     spec = build_optimizer(study)
@@ -188,6 +191,17 @@ def _pooled(study: Study, strategy: Strategy, steps: int) -> tuple[Entries, Entr
         pool.set_lr(spec.at(index).lr)
         strategy.pooled_step(pool, index)
     return _entries(pool, partition.shared, comparable), start
+
+
+def _require_no_dropout(model: torch.nn.Module) -> None:
+    """Refuse a network whose two sides would drop different values."""
+    layers = [m for m in model.modules() if isinstance(m, _Dropout) and m.p > 0]
+    if layers:
+        raise ConfigError(
+            f"the proof needs a network without dropout (seen: {layers[0].p})",
+            hint="Both sides would drop different values and differ by that: set "
+            "model.dropout=0.",
+        )
 
 
 def _first_cohort(study: Study, benches: Mapping[SiteId, Any], steps: int) -> Cohort:

@@ -83,17 +83,25 @@ def merge_norm_statistics(
     states: Mapping[SiteId, State],
     weights: Mapping[SiteId, float | int],
     entries: Iterable[Entry],
+    *,
+    one_pass: bool = False,
 ) -> State:
     r"""Merge running statistics by the law of total variance.
 
     $\mu = \sum_s w_s \mu_s$ and
-    $\sigma^2 = \sum_s w_s (\sigma_s^2 + (\mu_s - \mu)^2)$ with $\sum_s w_s = 1$:
+    $\sigma^2 = \sum_s w_s (\sigma_s^2 + f (\mu_s - \mu)^2)$ with $\sum_s w_s = 1$:
     unlike the mean of the variances it holds what differs between the sites.
+
+    f is 1 where the sites' statistics are their own. After one pass from common ones,
+    $\mu_s = (1 - a) \mu_0 + a m_s$ for a batch of mean $m_s$ and a momentum a: the
+    squares shrink by $a^2$, but the pooled batch's variance between the sites has to
+    come in by a, so f is 1 / a.
 
     Args:
         states: One state per site; other tensors in it are passed over.
         weights: One weight per site.
         entries: What the state consists of.
+        one_pass: All sites started from the same statistics and made one pass.
 
     Returns:
         The normalisation statistics, and the largest of each counter.
@@ -106,6 +114,7 @@ def merge_norm_statistics(
         Torch's running variance is the unbiased one of each batch; it is taken as it
         is.
     """
+    entries = tuple(entries)
     roles = {entry.name: entry.role for entry in entries}
     shares = normalised_weights(states, weights)
     first = states[next(iter(shares))]
@@ -122,14 +131,22 @@ def merge_norm_statistics(
             [part[mean_name] for part in parts],
             [part[name] for part in parts],
             list(shares.values()),
+            between=_between(entries)[name] if one_pass else 1.0,
         )
     return {name: merged[name] for name in names}
+
+
+def _between(entries: Iterable[Entry]) -> dict[str, float]:
+    """What the variance between sites is multiplied by after one pass, by name."""
+    return {entry.name: 1 / (entry.momentum or 1.0) for entry in entries}
 
 
 def merge_states(
     states: Mapping[SiteId, State],
     weights: Mapping[SiteId, float | int],
     entries: Iterable[Entry],
+    *,
+    one_pass: bool = False,
 ) -> State:
     """Merge the sites' states, each tensor by its role.
 
@@ -141,6 +158,7 @@ def merge_states(
         weights: One weight per site.
         entries: What the whole state consists of; names the states lack do not
             matter.
+        one_pass: As of `merge_norm_statistics`.
 
     Returns:
         A state with the names, order and dtypes of the first site's.
@@ -154,7 +172,8 @@ def merge_states(
     known = {entry.name for entry in entries}
     packed = states.rows() if isinstance(states, SiteStates) else None
     if packed is not None and known.issuperset(packed[0].slots):
-        return _merge_rows(*packed, _shares(states, weights), entries)
+        shares = _shares(states, weights)
+        return _merge_rows(*packed, shares, entries, one_pass=one_pass)
     averaged = {e.name for e in entries if e.role in ("weight", "norm_affine")}
     for site in sorted(states):
         unknown = [name for name in states[site] if name not in known]
@@ -166,7 +185,7 @@ def merge_states(
         {s: {n: t for n, t in x.items() if n in averaged} for s, x in states.items()},
         weights,
     )
-    merged = means | merge_norm_statistics(states, weights, entries)
+    merged = means | merge_norm_statistics(states, weights, entries, one_pass=one_pass)
     return {name: merged[name] for name in states[min(states)]}
 
 
@@ -175,6 +194,8 @@ def _merge_rows(
     rows: Mapping[SiteId, FlatTensors],
     shares: Mapping[SiteId, float],
     entries: tuple[Entry, ...],
+    *,
+    one_pass: bool,
 ) -> State:
     """Do what `merge_states` does with replies that are laid out alike."""
     merged = _mean(section, rows, shares)
@@ -184,11 +205,13 @@ def _merge_rows(
     if held and first.adder:
         names = tuple(section.slots[name].name for name in held)
         first.adder.bring([rows[site] for site in shares], names)
-    by_dtype: dict[torch.dtype, list[str]] = {}
+    factors = _between(entries) if one_pass else {}
+    alike: dict[tuple[torch.dtype, float], list[str]] = {}
     for name in filter(_is_variance, held):
-        by_dtype.setdefault(merged[name].dtype, []).append(name)
-    for names_of_one in by_dtype.values():
-        _merge_variances(merged, names_of_one, section, rows, shares)
+        key = (merged[name].dtype, factors.get(name, 1.0))
+        alike.setdefault(key, []).append(name)
+    for (_, between), names_of_one in alike.items():
+        _merge_variances(merged, names_of_one, section, rows, shares, between=between)
     return merged
 
 
@@ -198,6 +221,8 @@ def _merge_variances(
     section: Section,
     rows: Mapping[SiteId, FlatTensors],
     shares: Mapping[SiteId, float],
+    *,
+    between: float,
 ) -> None:
     """Merge the variances of all layers at once: a layer's are few numbers."""
     mean_names = [_mean_of_variance(name, merged) for name in names]
@@ -205,7 +230,8 @@ def _merge_variances(
         [rows[s].joined([section.slots[n].name for n in wanted]) for s in shares]
         for wanted in (mean_names, names)
     )
-    found = _total_variance(means, variances, list(shares.values()))
+    weights = list(shares.values())
+    found = _total_variance(means, variances, weights, between=between)
     sizes = [merged[name].numel() for name in names]
     for name, part in zip(names, torch.split(found, sizes), strict=True):
         merged[name].copy_(part.view(merged[name].shape))
@@ -438,11 +464,15 @@ def block_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _total_variance(
-    means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    shares: Sequence[float],
+    *,
+    between: float,
 ) -> Tensor:
     mean = _tree(means, shares)
     spread = [
-        v.to(torch.float64) + (m.to(torch.float64) - mean).square()
+        v.to(torch.float64) + between * (m.to(torch.float64) - mean).square()
         for m, v in zip(means, variances, strict=True)
     ]
     return _tree(spread, shares).to(variances[0].dtype)

@@ -14,7 +14,7 @@ import math
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fedmed.errors import ConfigError, ShadowedPackageError
@@ -138,6 +138,10 @@ def _convert(cls: type[Strategy], given: Mapping[str, Any]) -> dict[str, Any]:
 def _converted(key: str, hint: Any, value: Any) -> Any:
     if hint is float or hint is int:
         return _number(key, hint, value)
+    if get_origin(hint) is UnionType:
+        return _of_union(key, get_args(hint), value)
+    if get_origin(hint) is tuple:
+        return _listed(key, get_args(hint)[0], value)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ConfigError(
             f"strategy.{key} must be one of {', '.join(map(str, get_args(hint)))} "
@@ -145,7 +149,26 @@ def _converted(key: str, hint: Any, value: Any) -> Any:
         )
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(f"strategy.{key} must be true or false (seen: {value!r})")
-    return tuple(value) if isinstance(value, list) else value
+    return value
+
+
+def _of_union(key: str, hints: tuple[Any, ...], value: Any) -> Any:
+    """Convert what may be one of several types: "int | None", "float | int"."""
+    if value is None and NoneType in hints:
+        return None
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if is_count and int in hints:
+        return value
+    wanted = [hint for hint in hints if hint is not NoneType]
+    return _converted(key, float if float in wanted else wanted[0], value)
+
+
+def _listed(key: str, hint: Any, value: Any) -> tuple[Any, ...]:
+    """Convert a list; what is no list is a list of one."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if hint is str and not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"strategy.{key} must be a list of names (seen: {value!r})")
+    return tuple(_converted(key, hint, item) for item in items)
 
 
 def _number(key: str, kind: type[int] | type[float], value: Any) -> int | float:

@@ -290,7 +290,7 @@ def drive(
     server, finished = engine.run(server, best)
     if not finished:
         return RunResult(folder.path, finished=False)
-    return _finish(study, joined, folder, server)
+    return _finish(strategy, joined, folder, server, study=study)
 
 
 def newest_checkpoint(checkpoints: Checkpoints) -> Checkpoint | None:
@@ -365,7 +365,12 @@ def versions() -> dict[str, str]:
 
 
 def _finish(
-    study: Study, joined: Joined, folder: RunFolder, server: Server
+    strategy: Strategy,
+    joined: Joined,
+    folder: RunFolder,
+    server: Server,
+    *,
+    study: Study,
 ) -> RunResult:
     write_state(folder.model_file, server.shared, {"study": study.name})
     summary = {
@@ -381,7 +386,11 @@ def _finish(
             records=folder.read_rounds(),
         ),
     }
-    statistics = {e.name for e in server.entries if e.role == "norm_statistic"}
+    statistics = {
+        entry.name
+        for entry in server.entries
+        if entry.role == "norm_statistic" and entry.part not in strategy.training_only
+    }
     if statistics.intersection(server.partition.kept):
         summary["statistics"] = study.evaluate.statistics
     kind = joined.task.kind

@@ -24,6 +24,9 @@ from fedmed.errors import ResumeError, StorageError
 from fedmed.message import SiteId
 from fedmed.storage import write_atomic
 
+COMPARISON_FILE = "compare.json"
+"""In a folder of several runs: which they are."""
+
 SEGMENTATION_COLUMNS = (
     "round", "split", "site", "case_id", "subject_id", "class", "dice", "assd_mm",
     "asd_mm_pred2gt", "asd_mm_gt2pred", "hd95_mm", "volume_ml_prediction",
@@ -241,6 +244,15 @@ class RunFolder:
     def site_folder(self, site_id: SiteId) -> Path:
         """Folder of one simulated site's private part."""
         return self.sites / site_id
+
+    def secrets_of(self, site_id: SiteId) -> Path:
+        """Folder of what a simulated site keeps secret over all runs of a comparison.
+
+        Cases have the same pseudonyms in all of them, or nothing could be paired.
+        """
+        is_of_many = (self.path.parent / COMPARISON_FILE).is_file()
+        home = self.path.parent / "secrets" if is_of_many else self.sites
+        return home / site_id
 
 
 def finite(value: Any) -> Any:

@@ -67,6 +67,26 @@ def write_atomic(
             _write_all(file, chunk)
 
 
+def write_once(path: Path, data: Buffer, *, mode: int = 0o666) -> None:
+    """Write a file that is not there; if another process was first, leave its file.
+
+    Args:
+        path: The file; its folder must exist.
+        data: All of the content.
+        mode: Permissions of the new file, before the umask.
+
+    Raises:
+        StorageError: As `write_atomic`.
+    """
+    own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.fedmed-tmp")
+    try:
+        write_atomic(own, data, mode=mode)
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _replaced(path: Path, *, mode: int, sync: bool) -> Iterator[FileIO]:
     """Give a temporary file that takes the name of `path` when the block ends well."""

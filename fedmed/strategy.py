@@ -63,8 +63,12 @@ class Exchange:
         site_ids: Addressed sites, sorted.
         content: Named arguments for all of them: states or JSON scalars.
         content_by_site: Further arguments for single sites.
-        alike: All sites answer with the same names and shapes.
+        alike: All sites, or all of one role, answer with the same names and shapes.
+        comparable: And with updates of about the same size.
+        roles: By site, where sites play different parts; empty = one part.
         sends: Shape by name of what a reply's "state" holds; None = undeclared.
+        checks: By section of a reply ("state", "extra/class_statistic"): says what is
+            wrong with it, "" if nothing is.
     """
 
     action: str
@@ -72,26 +76,43 @@ class Exchange:
     content: Mapping[str, Any] = field(default_factory=dict)
     content_by_site: Mapping[SiteId, Mapping[str, Any]] = field(default_factory=dict)
     alike: bool = True
+    comparable: bool = True
+    roles: Mapping[SiteId, str] = field(default_factory=dict)
     sends: Mapping[str, tuple[int, ...]] | None = None
+    checks: Mapping[str, Callable[[State], str]] = field(default_factory=dict)
 
     def expecting(
         self,
         sends: Mapping[str, tuple[int, ...]] | None = None,
         *,
         alike: bool = True,
+        comparable: bool = True,
+        roles: Mapping[SiteId, str] | None = None,
+        checks: Mapping[str, Callable[[State], str]] | None = None,
     ) -> Exchange:
         """Say what replies hold: a statistic, or part of the network's entries.
 
         Args:
             sends: Shape by name of a reply's "state"; other names are refused.
             alike: False: each site may send another part of it.
+            comparable: False: a site's update may be next to nothing where another's is
+                not, as with a loss of classes that some batches do not show.
+            roles: Role by site; only sites of the same one are compared.
+            checks: As of the exchange; see `fedmed.training.plausibility`.
 
         Example:
             >>> ask = Exchange("statistic", ("a", "b"))
             >>> ask.expecting({"confusion": (5, 5), "counts": (5,)}).alike
             True
         """
-        return replace(self, sends=sends, alike=alike)
+        return replace(
+            self,
+            sends=sends,
+            alike=alike,
+            comparable=comparable,
+            roles=roles or {},
+            checks=checks or {},
+        )
 
 
 @dataclass(frozen=True)
@@ -236,6 +257,12 @@ class Server:
     ) -> State:
         """Merge states by role: weights averaged, statistics by total variance."""
         return merge_states(replies, weights, self.entries)
+
+    def merge_buffers(
+        self, replies: Mapping[SiteId, State], weights: Mapping[SiteId, float]
+    ) -> State:
+        """Merge statistics that all sites moved by one pass, from the server's own."""
+        return merge_states(replies, weights, self.entries, one_pass=True)
 
 
 @dataclass(frozen=True)
@@ -395,6 +422,21 @@ def at_site(method: F) -> F:
 ServerHalf = Generator[Exchange, Replies, Server]
 
 
+def _noting_losses(
+    half: ServerHalf,
+) -> Generator[Exchange, Replies, tuple[Server, frozenset[SiteId]]]:
+    """Run a server half, and give with its end the sites that did not answer it."""
+    lost: set[SiteId] = set()
+    try:
+        request = next(half)
+        while True:
+            replies = yield request
+            lost.update(set(request.site_ids) - set(replies))
+            request = half.send(replies)
+    except StopIteration as end:
+        return end.value, frozenset(lost)
+
+
 @dataclass(frozen=True)
 class Strategy(abc.ABC):
     """One published method.
@@ -417,6 +459,7 @@ class Strategy(abc.ABC):
         pools_data: Simulation only: one process sees the data of all sites.
         needs_public: Uses the images of the study's public site (`sites.public`).
         copies_public: Every hospital opens them, from a copy of its own.
+        needs_others: With one site it runs, but as another and simpler method.
         published_model: `model` section of the publication; empty = any network.
     """
 
@@ -435,6 +478,7 @@ class Strategy(abc.ABC):
     pools_data: ClassVar[bool] = False
     needs_public: ClassVar[bool] = False
     copies_public: ClassVar[bool] = False
+    needs_others: ClassVar[bool] = False
     published_model: ClassVar[Mapping[str, Any]] = {}
 
     @property
@@ -486,7 +530,12 @@ class Strategy(abc.ABC):
             return (yield from self.round(server, cohort))
         for index in range(cohort.steps):
             server = replace(server, step=cohort.first_step + index)
-            server = yield from self.step(server, cohort, index)
+            half = self.step(server, cohort, index)
+            server, lost = yield from _noting_losses(half)
+            # Those that are left share the following steps among them.
+            left = tuple(site for site in cohort.site_ids if site not in lost)
+            if lost and len(left) >= self.smallest_cohort:
+                cohort = cohort.select(left)
         return server
 
     def personalise(self, site: SiteContext, model: nn.Module) -> None:  # noqa: B027

@@ -14,7 +14,8 @@ any. `evaluate.unseen` names what it does; gamma, beta are scale and shift of a 
 
 `adabn` needs nothing of anybody. For the others the training sites are asked, once and
 after the last round, for a `Normalisation`: what they keep of normalisation layers and
-adapters, never of decoders. A site's policy may refuse; the rule then goes without it.
+adapters, never of decoders. For `nearest` alone only the nearest are asked. A site's
+policy may refuse; the rule then goes without it.
 
 Source:
     AdaBN: Li et al., Revisiting Batch Normalization For Practical Domain Adaptation,
@@ -202,8 +203,12 @@ class Newcomers:
         """
         rules, ended = self._rules(server, stamp.round), _Ended(server, stamp, log)
         shared: dict[SiteId, State] = {}
-        if any(rule in NEEDS_SETS for rule in rules):
-            shared = self._collect(ended)
+        needing = NEEDS_SETS.intersection(rules)
+        if needing == {"nearest"}:
+            shared = self._collect_nearest(ended)
+        elif needing:
+            everybody = tuple(member.site_id for member in self.members)
+            shared = self._collect(ended, everybody)
         by_rule = {rule: self._by(rule, shared, ended) for rule in rules}
         first = self.study.evaluate.unseen[0]
         result = by_rule.get(first, []) if self.apart(server, stamp.round) else []
@@ -226,11 +231,26 @@ class Newcomers:
         known = shareable(server.partition, self.strategy.training_only)
         return rules if known and rules != ("adabn",) else ()
 
-    def _collect(self, ended: _Ended) -> dict[SiteId, State]:
-        """Ask the training sites for their normalisation, once."""
+    def _collect_nearest(self, ended: _Ended) -> dict[SiteId, State]:
+        """Ask the sites nearest to a newcomer, and the next one if one refuses."""
+        shared: dict[SiteId, State] = {}
+        left = {member.site_id: self.cards[member.site_id] for member in self.members}
+        while left:
+            found = {
+                nearest_site(self.cards[site], left)
+                for site in self.study.split.held_out
+            }
+            asked = tuple(sorted(s for s in found if s is not None and s not in shared))
+            if not asked:
+                break
+            shared |= self._collect(ended, asked)
+            left = {s: c for s, c in left.items() if s in shared or s not in asked}
+        return shared
+
+    def _collect(self, ended: _Ended, sites: tuple[SiteId, ...]) -> dict[SiteId, State]:
+        """Ask training sites for their normalisation."""
         server, log = ended.server, ended.log
         uses_weights = self.study.evaluate.statistics == "recalibrated"
-        sites = tuple(member.site_id for member in self.members)
         content = {"weights": server.shared if uses_weights else {}}
         answers = self._ask(Exchange("share_normalisation", sites, content), ended)
         came: dict[SiteId, Message] = {}
@@ -243,7 +263,7 @@ class Newcomers:
                 log.not_shared[site] = "it never trained"
         accepted, refused = screen(came, self._expected(server))
         log.not_shared.update(refused)
-        shared = {}
+        shared: dict[SiteId, State] = {}
         for site, message in accepted.items():
             state = expect(from_message(message), Normalisation).state
             if why := _problem(state, self._entries(server)):
@@ -251,8 +271,10 @@ class Newcomers:
             else:
                 # What came may lie in memory that the next message is written to.
                 shared[site] = {name: tensor.clone() for name, tensor in state.items()}
-        for site, why in sorted(log.not_shared.items()):
-            logger.warning("no normalisation of site %s: %s", site, why)
+        for site in sites:
+            if site in log.not_shared:
+                why = log.not_shared[site]
+                logger.warning("no normalisation of site %s: %s", site, why)
         return shared
 
     def _ask(self, request: Exchange, ended: _Ended) -> dict[SiteId, Answer]:

@@ -73,11 +73,14 @@ def own_normalisation(
 
 
 def _statistics(bench: Workbench) -> list[Entry]:
-    kept = set(bench.partition.kept)
+    """Running statistics that the site keeps and prediction uses."""
+    kept, unused = set(bench.partition.kept), bench.strategy.training_only
     return [
         entry
         for entry in bench.partition.entries
-        if entry.name in kept and entry.role == "norm_statistic"
+        if entry.name in kept
+        and entry.role == "norm_statistic"
+        and entry.part not in unused
     ]
 
 
@@ -93,9 +96,11 @@ def calibrate(bench: Workbench, model: nn.Module) -> None:
         2016, arXiv:1603.04779.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    # In evaluation mode but for these layers: nothing is dropped, no draw is made.
+    model.eval()
     for layer in layers:
         layer.reset_running_stats()
-    model.train()
+        layer.train()
     dtype = DTYPES[bench.trainer.precision]
     with _momentum(layers, None):
         for images in unlabelled_batches(bench):
@@ -183,8 +188,7 @@ class _Sums:
 
 def _kept_layers(bench: Workbench, model: nn.Module) -> list[_BatchNorm]:
     """Batch normalisation whose statistics stay at the site and prediction uses."""
-    unused = bench.strategy.training_only
-    kept = {e.name for e in _statistics(bench) if e.part not in unused}
+    kept = {entry.name for entry in _statistics(bench)}
     return [
         module
         for name, module in model.named_modules()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedmed.storage import storage_errors, write_atomic
+from fedmed.storage import storage_errors, write_once
 
 _RENAMED_KEYS = frozenset({"case_id", "subject_id"})
 _RENAMED_LISTS = frozenset({"case_ids", "subject_ids"})
@@ -27,7 +27,8 @@ def load_pseudonym_key(folder: Path) -> bytes:
     path = folder / "pseudonym.key"
     with storage_errors(path.name):
         if not path.exists():
-            write_atomic(path, secrets.token_bytes(32), mode=0o600)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_once(path, secrets.token_bytes(32), mode=0o600)
         return path.read_bytes()
 
 

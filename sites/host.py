@@ -95,6 +95,7 @@ class Host:
         self._bench = Workbench(shop.study, site_id, shop.cache, shop)
         self._policy = premises.policy
         self._folder = folder.site_folder(site_id)
+        self._secrets = folder.secrets_of(site_id)
         self._ledger = Ledger(folder.ledger / site_id, digests=_digests(shop.study))
         self._store = PrivateStore(self._folder / "private", durable=durable)
         self._asked = Message("open")
@@ -171,7 +172,7 @@ class Host:
     @functools.cached_property
     def _pseudonym_key(self) -> bytes:
         keeps_names = self._policy.case_ids == "keep"
-        return b"" if keeps_names else load_pseudonym_key(self._folder)
+        return b"" if keeps_names else load_pseudonym_key(self._secrets)
 
     def _policy_context(self, message: Message) -> PolicyContext:
         """What the policy needs to know; only simulations may have guessable noise."""
@@ -210,6 +211,7 @@ class Host:
             values=values
             | {
                 "quarantined": dict(data.quarantined),
+                "case_names": self._policy.case_ids,
             },
         )
 

@@ -157,7 +157,8 @@ def enforce(
         context: What the hospital knows about it.
 
     Returns:
-        The message that may leave: case names replaced, updates clipped and noised.
+        The message that may leave: case names replaced, updates clipped and noised,
+        and without the count that `min_count` was compared with.
 
     Raises:
         PolicyError: If it may not leave; names the kind and the rule.
@@ -173,7 +174,14 @@ def enforce(
         message = _privatise(policy.noise, message, context)
     _check_norm(policy, message, context)
     _check_size(policy, message)
-    return message
+    return _without_count(message)
+
+
+def _without_count(message: Message) -> Message:
+    """Leave of a count only whether there was one: how rare a class is, stays here."""
+    if not message.header.get("min_count"):
+        return message
+    return replace(message, header={**message.header, "min_count": 1})
 
 
 def require_pooled(policy: Policy, site_id: SiteId) -> None:

@@ -122,6 +122,7 @@ class EpiFCR(Strategy):
     paper: ClassVar[str] = "Li et al., ICCV 2019, arXiv:1902.00113"
     exchanges: ClassVar = {"step": 2, "round": 2}
     exact: ClassVar[bool] = True
+    needs_others: ClassVar[bool] = True
     leaves_site: ClassVar = (
         "Weights: of drawn sites, the head of their own network, with relay: all the "
         "whole of it; shared entries after local training",

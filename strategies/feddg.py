@@ -99,7 +99,8 @@ class FedDG(Strategy):
     Leaves the site:
         AmplitudeStatistic: once. D = C ((2b + 1)^2 + 1) / 2 numbers describe one image
         of C channels: 25 a channel at 384 pixels. "distribution": D + D^2 numbers,
-        whatever the number of cases. "examples": D numbers for each told example. No
+        whatever the number of cases. "examples": D numbers for each told example. Of
+        images as training draws them, augmented if the study says so. No
         phase, no other amplitude. It tells which scanner a site has, by construction;
         the server passes it on to the other sites, without names.
         Weights: every shared entry after local training; size of the model.

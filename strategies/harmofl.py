@@ -86,7 +86,8 @@ class HarmoFL(Strategy):
     Leaves the site:
         AmplitudeStatistic: once; the mean amplitude centre, C (2b + 1)^2 numbers for
         images of C channels, with the weights of round 1 (`sync: step`: before the
-        first step). It is merged once and never averaged again.
+        first step), of images as training draws them, augmented if the study says so.
+        It is merged once and never averaged again.
         Weights: every shared entry but the reference, after local training; size of
         the model.
         Gradient: at the perturbed weights, every trainable entry; normalisation

@@ -145,7 +145,8 @@ class LatReg(Strategy):
         own = {name: g for name, g in gradient.items() if _is_of_classifier(name)}
         rest = {name: g for name, g in gradient.items() if name not in own}
         server = server.descend(rest).descend(own, memory=SITE_CLASSIFIER)
-        return server.with_shared(server.merge(states_of(replies, "buffers"), weights))
+        statistics = server.merge_buffers(states_of(replies, "buffers"), weights)
+        return server.with_shared(statistics)
 
     def round(self, server: Server, cohort: Cohort) -> ServerHalf:
         """Average weights that were trained against R; then R takes a step."""

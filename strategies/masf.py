@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedmed.episodes import Episode, draw_episode, mean_over
+from fedmed.episodes import Episode, check_groups, draw_episode, mean_over
 from fedmed.losses.known_voxels import one_hot_of_known
 from fedmed.message import SiteId, State
 from fedmed.networks.metric_network import (
@@ -89,6 +89,7 @@ from fedmed.training.meta_update import (
     sum_of_parts,
     weighted_states,
 )
+from fedmed.training.plausibility import rows_problem
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.pooled_episode import (
     PooledPass,
@@ -153,8 +154,8 @@ class MASF(Strategy):
         Gradient: of the network at w (meta-train sites), then of network and metric
         network at w'; normalisation statistics.
         ClassStatistic: C x C log-probabilities and C marks of present classes; with
-        `clustering: proxy` also a mean embedding and a mark for each class; and the
-        smallest number of voxels behind one of them. Size depends on classes only.
+        `clustering: proxy` also a mean embedding and a mark for each class. Size
+        depends on classes only.
         Embedding: with `clustering: exact`, in the statistic's place and with it (a
         policy must allow both kinds): one vector and its class for each class of each
         example of the batch.
@@ -164,8 +165,9 @@ class MASF(Strategy):
 
     A site that is lost before it tells its statistic is in no pair. One that is lost
     after it told, before the derivatives come back, is missing from the sum of the
-    meta gradient; the others' parts stand. Without a site of either group left, the
-    step is one on the meta-train sites' gradient.
+    meta gradient; the others' parts stand, and what it told is a constant of this one
+    step. Without a site of either group that tells, the step is one on the meta-train
+    sites' gradient.
 
     Differs from the source:
         Published for classification with three sites; here any number, and
@@ -208,6 +210,7 @@ class MASF(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
+        check_groups(self.num_meta_train, self.num_meta_test)
         clip = 1.0 if self.tensor_clip is None else self.tensor_clip
         check_constants(
             self,
@@ -313,7 +316,8 @@ class MASF(Strategy):
         if not (self.alignment_weight or self.clustering_weight):
             return {}
         both = episode.both
-        replies = yield both.ask(self.statistic, weights=ahead.shared, index=index)
+        request = both.ask(self.statistic, weights=ahead.shared, index=index)
+        replies = yield request.expecting(checks={"state": self._problem})
         told = weighted_states(states_of(replies, "state"), weights)
         if not _has_both(episode, told):
             return {}
@@ -324,7 +328,7 @@ class MASF(Strategy):
             by_site=self._second_half(told, episode, weights),
         )
         # A site that shares no class with the others has next to no gradient.
-        return (yield request.expecting(alike=False))
+        return (yield request.expecting(comparable=False))
 
     def _second_half(
         self,
@@ -358,6 +362,11 @@ class MASF(Strategy):
     def _aligned(self, told: Mapping[SiteId, State], episode: Episode) -> Tensor:
         groups = (episode.meta_train.site_ids, episode.meta_test.site_ids)
         return self._aligns.over_pairs(told, *groups)
+
+    def _problem(self, state: State) -> str:
+        """Say what is wrong with what a site told; "" if nothing is."""
+        rows = rows_problem(state) if self.alignment_weight else ""
+        return rows or self._clusters.problem(state, width=self.metric_widths[-1])
 
     def _others(self, told: Mapping[SiteId, State], site: SiteId) -> State:
         return others_of(told, site) if self._clusters.by_proxies else {}
@@ -499,7 +508,7 @@ def _with_statistics(
     if not buffers:
         return server
     return server.with_shared(
-        server.merge(buffers, {site: weights[site] for site in buffers})
+        server.merge_buffers(buffers, {site: weights[site] for site in buffers})
     )
 
 

@@ -24,7 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedmed.episodes import Episode, default_meta_test, draw_episode, mean_over
+from fedmed.episodes import (
+    Episode,
+    check_groups,
+    default_meta_test,
+    draw_episode,
+    mean_over,
+)
 from fedmed.errors import ConfigError
 from fedmed.message import SiteId, State
 from fedmed.optimizer import clip, memory_like, step_in_place
@@ -120,6 +126,7 @@ class MetaReg(Strategy):
     paper: ClassVar[str] = "Balaji et al., NeurIPS 2018"
     exchanges: ClassVar = {"step": 3, "round": 3}
     exact: ClassVar[bool] = True
+    needs_others: ClassVar[bool] = True
     leaves_site: ClassVar = (
         "Gradient: trainable entries and normalisation statistics, in phase 1 without "
         "the head; of the head alone, at another site's head",
@@ -136,8 +143,8 @@ class MetaReg(Strategy):
             ("inner_lr", self.inner_lr >= 0, ">= 0"),
             ("penalty_lr", self.penalty_lr >= 0, ">= 0"),
             ("phase_one_rounds", (self.phase_one_rounds or 0) >= 0, ">= 0"),
-            ("num_meta_test", self.num_meta_test in {None, *range(1, 1000)}, ">= 1"),
         )
+        check_groups(None, self.num_meta_test)
 
     def initial(self, server: Server) -> Server:
         """Start with one phi for every trainable entry of the head."""
@@ -254,7 +261,8 @@ class MetaReg(Strategy):
         for name, phi in server.memory[PENALTY].items():
             gradient[name] = gradient[name] + phi * server.shared[name].sign()
         server = server.descend(gradient, memory=_PHASE_TWO)
-        return server.with_shared(server.merge(states_of(replies, "buffers"), weights))
+        statistics = server.merge_buffers(states_of(replies, "buffers"), weights)
+        return server.with_shared(statistics)
 
     @at_site
     def feature_gradient(

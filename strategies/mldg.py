@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedmed.episodes import Episode, draw_episode, mean_over
+from fedmed.episodes import Episode, check_groups, draw_episode, mean_over
 from fedmed.errors import ConfigError
 from fedmed.message import State
 from fedmed.replies import states_of
@@ -87,6 +87,7 @@ class MLDG(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
+        check_groups(self.num_meta_train, self.num_meta_test)
         if self.inner_lr < 0 or self.beta < 0:
             raise ConfigError(
                 "strategy.inner_lr and strategy.beta must be >= 0 "
@@ -120,7 +121,9 @@ class MLDG(Strategy):
                     meta = along(meta, -self.inner_lr, product)
             direction = along(task, self.beta, meta)
         buffers = {**states_of(tasks, "buffers"), **states_of(metas, "buffers")}
-        statistics = server.merge(buffers, {site: weights[site] for site in buffers})
+        statistics = server.merge_buffers(
+            buffers, {site: weights[site] for site in buffers}
+        )
         return server.descend(direction).with_shared(statistics)
 
     def round(self, server: Server, cohort: Cohort) -> ServerHalf:

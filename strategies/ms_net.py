@@ -98,7 +98,9 @@ class MSNet(Strategy):
         features, so that running statistics of encoder and auxiliary are updated twice
         per step and those of the universal decoder once. Auxiliaries start equal at
         all sites, from a draw of their own. Voxels without a label have no
-        pseudo-label either.
+        pseudo-label either. What the publication does to images before they come here
+        is the study's: its random shifts, and the choice of slices that show an organ,
+        are not in `studies/ms_net_prostate.yaml`.
     """
 
     weighting: Weighting = "uniform"

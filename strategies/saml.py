@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedmed.episodes import Episode, draw_episode, mean_over
+from fedmed.episodes import Episode, check_groups, draw_episode, mean_over
 from fedmed.errors import ConfigError
 from fedmed.losses.compactness import compactness_loss, in_slices
 from fedmed.losses.contour import contour_masks
@@ -65,6 +65,7 @@ from fedmed.training.clustering import (
     to_bank,
 )
 from fedmed.training.coupled import (
+    TOLD_WITH,
     Measured,
     Pass,
     Statistic,
@@ -148,8 +149,7 @@ class SAML(Strategy):
         Gradient: of the network at w (meta-train sites), then of network and metric
         network at w'; normalisation statistics.
         ClassStatistic: with `smoothness: proxy`, mean embeddings of contour and ring,
-        and a mark for each: 2 D + 2 numbers, D = 16; and the smallest number of
-        pixels behind one of them.
+        and a mark for each: 2 D + 2 numbers, D = 16.
         Embedding: with `smoothness: exact`, one vector and its type for contour and
         ring of each slice of the batch that shows foreground.
         Weights: shared entries (`sync: round`), beside them the ClassStatistic.
@@ -158,7 +158,8 @@ class SAML(Strategy):
 
     A site that is lost before it tells its statistic is not compared with. One that is
     lost after it told, before the derivatives come back, is missing from the mean of
-    its group; the others' parts stand. Without a meta-test site the step is one on the
+    its group, in which the others then count for more; what it told is a constant of
+    this one step. Without the answer of a meta-test site the step is one on the
     meta-train sites' gradient.
 
     Differs from the source:
@@ -203,6 +204,7 @@ class SAML(Strategy):
 
     def __post_init__(self) -> None:
         """Check the constants."""
+        check_groups(self.num_meta_train, self.num_meta_test)
         clip = 1.0 if self.tensor_clip is None else self.tensor_clip
         check_constants(
             self,
@@ -292,9 +294,8 @@ class SAML(Strategy):
         judges = self._judges(episode)
         told: Mapping[SiteId, State] = {}
         if self._clusters.is_exact or self._clusters.by_proxies:
-            replies = yield judges.ask(
-                self.statistic, weights=ahead.shared, index=index
-            )
+            request = judges.ask(self.statistic, weights=ahead.shared, index=index)
+            replies = yield request.expecting(checks={"state": self._problem})
             told = weighted_states(states_of(replies, "state"), weights)
             judges = cohort.select(tuple(told))
         metas: Replies = {}
@@ -305,11 +306,17 @@ class SAML(Strategy):
                 index=index,
                 by_site=self._second_half(told, judges, episode, weights),
             )
-            # Meta-test sites have the task's loss, the others only one of embeddings.
-            metas = yield request.expecting(alike=not self.smooth_weight)
+            # Meta-test sites have the task's loss, the others only one of embeddings,
+            # which may be of next to nothing.
+            roles = dict.fromkeys(episode.meta_train.site_ids, "meta-train")
+            metas = yield request.expecting(
+                roles=roles, comparable=not self.smooth_weight
+            )
         server = self._update.apply(server, task, _meta(metas, episode, weights))
         buffers = {**states_of(tasks, "buffers"), **states_of(metas, "buffers")}
-        statistics = server.merge(buffers, {site: weights[site] for site in buffers})
+        statistics = server.merge_buffers(
+            buffers, {site: weights[site] for site in buffers}
+        )
         return server.with_shared(statistics)
 
     def _second_half(
@@ -337,6 +344,10 @@ class SAML(Strategy):
                     "pull": self.smooth_weight * total / whole if whole else 0.0,
                 }
         return content
+
+    def _problem(self, state: State) -> str:
+        """Say what is wrong with what a site told; "" if nothing is."""
+        return self._clusters.problem(state, width=self.metric_widths[-1])
 
     def _others(self, told: Mapping[SiteId, State], site: SiteId) -> State:
         return others_of(told, site) if self._clusters.by_proxies else {}
@@ -417,7 +428,8 @@ class SAML(Strategy):
     def round(self, server: Server, cohort: Cohort) -> ServerHalf:
         """Local steps on the task, then of the meta-test sites on L_meta."""
         episode, weights = self._episode(cohort, 0), self.weights_of(cohort)
-        tasks = yield episode.meta_train.ask(self.training, weights=server.shared)
+        request = episode.meta_train.ask(self.training, weights=server.shared)
+        tasks = yield request.expecting(checks={TOLD_WITH: self._problem})
         if not any_weighted(tasks, weights):
             return server
         states = dict(states_of(tasks, "state"))
@@ -425,11 +437,12 @@ class SAML(Strategy):
         ahead = self._remembering(ahead, tasks, weights)
         proxies = from_bank(ahead.memory.get(_PROXY_BANK, {}))
         judges = episode.meta_test
-        metas = yield judges.ask(
+        request = judges.ask(
             self.meta_training,
             weights=ahead.shared,
             by_site={s: {"others": others_of(proxies, s)} for s in judges.site_ids},
         )
+        metas = yield request.expecting(checks={TOLD_WITH: self._problem})
         if not any_weighted(metas, weights):
             return ahead
         judged = server.merge(states_of(metas, "state"), {s: weights[s] for s in metas})
@@ -523,13 +536,13 @@ def _of(names: tuple[SiteId, ...], group: Cohort) -> list[SiteId]:
 def _meta(
     metas: Replies, episode: Episode, weights: Mapping[SiteId, float]
 ) -> State | None:
-    """Gradient of L_meta: the sum of each group's mean."""
+    """Gradient of L_meta: the sum of each group's mean; None if nobody judged."""
     means = {}
     for name, group in (("test", episode.meta_test), ("train", episode.meta_train)):
         here = {site: metas[site] for site in _of(tuple(metas), group)}
         if (mean := mean_over(here, weights)) is not None:
             means[name] = mean
-    return sum_of_parts(means) if means else None
+    return sum_of_parts(means) if "test" in means else None
 
 
 def _divided(cotangent: State, share: float) -> State:

@@ -49,6 +49,7 @@ from fedmed.strategy import (
 )
 from fedmed.training.coupled import (
     NOTHING_TOLD,
+    TOLD_WITH,
     Measured,
     Pass,
     Statistic,
@@ -60,6 +61,7 @@ from fedmed.training.coupled import (
     trained_outcome_with,
 )
 from fedmed.training.local import merged, present, share_of, stepped
+from fedmed.training.plausibility import rows_problem
 from fedmed.training.pooled import PooledTraining
 from fedmed.training.statistic_bank import (
     PRESENT,
@@ -107,12 +109,14 @@ class UMMKD(Strategy):
     """Shared kernels, normalisation per site, class-wise distillation between sites.
 
     Attributes:
-        kd_weight: Weight of the distillation, >= 0; 0 makes it FedBN.
+        kd_weight: Weight of the distillation, >= 0. Published (code): 0.5, of the
+            halved KD. With 0 it is DSBN, or FedBN where `site_reduction` is "mean".
         temperature: T > 0.
         min_count: Fewest voxels (cases, in classification) of a class in a batch, or
             in a round's local set, for its row to leave; >= 1. A hospital whose policy
             asks for more refuses rows of less.
-        half: Halve KD, as the reference's code does and its paper does not.
+        half: Halve KD, as the reference's code does; its paper does not, and names no
+            weight.
         divide_by: Divide KD's sum over classes by the number of classes that both
             sites show ("present") or by all classes ("all", as MASF's code).
         site_reduction: Sum the sites' segmentation losses, as published, or take their
@@ -127,8 +131,8 @@ class UMMKD(Strategy):
         Gradient, Weights: of the shared entries, without normalisation.
         ClassStatistic: per exchange C x C log-probabilities and C marks of which
         classes are present, 4 (C^2 + C) bytes in float32, whatever the number of
-        voxels; and the smallest number of voxels behind one of them. It comes before
-        the gradient in `sync: step`, beside the weights in `sync: round`. No counts.
+        voxels. No counts: how many voxels are behind a row stays at the site. It comes
+        before the gradient in `sync: step`, beside the weights in `sync: round`.
         From the server come as many bytes: a derivative, or the others' mean rows.
     Kept by the site:
         Every entry of every normalisation layer, and with `sync: step` the optimiser
@@ -148,7 +152,7 @@ class UMMKD(Strategy):
     kd_weight: float = 0.5
     temperature: float = 2.0
     min_count: int = 100
-    half: bool = False
+    half: bool = True
     divide_by: Reduction = "present"
     site_reduction: Literal["sum", "mean"] = "sum"
     bank_momentum: float = 0.9
@@ -187,7 +191,8 @@ class UMMKD(Strategy):
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Compare the sites' soft confusions, then sum gradients that know of it."""
-        told = yield cohort.ask(self.confusion, weights=server.shared, index=index)
+        request = cohort.ask(self.confusion, weights=server.shared, index=index)
+        told = yield request.expecting(checks={"state": rows_problem})
         cohort = cohort.select(tuple(told))
         weights = present(self.weights_of(cohort), told)
         replies = yield cohort.ask(
@@ -284,11 +289,12 @@ class UMMKD(Strategy):
         """Average weights that were trained against what others told before."""
         weights = self.weights_of(cohort)
         bank = server.memory.get(_BANK, {})
-        replies = yield cohort.ask(
+        request = cohort.ask(
             self.training,
             weights=server.shared,
             by_site={s: self._target(bank, s, weights) for s in cohort.site_ids},
         )
+        replies = yield request.expecting(checks={TOLD_WITH: rows_problem})
         told = {
             site: {_ROWS: state[_ROWS].softmax(dim=1), PRESENT: state[PRESENT]}
             for site, state in told_with(replies).items()

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fedmed.errors import ConfigError
 from fedmed.message import State
 from fedmed.strategy import (
     Cohort,
@@ -26,6 +25,7 @@ from fedmed.strategy import (
     Strategy,
     Weighting,
     at_site,
+    check_constants,
 )
 from fedmed.training.local import local_gradient, local_training, merged, stepped
 
@@ -38,27 +38,32 @@ class USENet(Strategy):
     federated averaging.
 
     Attributes:
-        reduction: r, at least 1. 16 as in MS-Net's comparison; layers narrower than r
-            get one hidden unit.
+        reduction: r, at least 1. 16 as in MS-Net's comparison.
+        least_hidden: Fewest hidden units of a gate, at least 1. Published: 1, in a
+            network of 32 channels and more.
 
     Exchanges: 1 per step or 1 per round. `sync: step` equals the pooled method in
     which each site's batch passes by itself, so that normalisation does not mix sites.
 
     Leaves the site:
         Gradient: every entry, gates included, and normalisation statistics. Published
-        network: 17,336,672 numbers, 54,528 of them in gates, and 9,920 running values.
+        network: 17,338,464 numbers, 56,320 of them in gates (54,528 with
+        `least_hidden: 1`), and 9,920 running values.
         Weights: every entry.
     Kept by the site:
         Nothing (an optimiser's memory with `train.optimizer_state: keep`).
 
     Differs from the source:
-        The network is the study's. Sites count alike, as in a pool that draws the same
-        number of examples from each; `weighting: examples` changes that. Running
-        statistics are merged by the law of total variance.
+        The network is the study's, and its gates have eight hidden units at least: with
+        the one or two that r = 16 leaves to a narrow layer, many never learn. Sites
+        count alike, as in a pool that draws the same number of examples from each;
+        `weighting: examples` changes that. Running statistics are merged by the law of
+        total variance.
     """
 
     weighting: Weighting = "uniform"
     reduction: int = 16
+    least_hidden: int = 8
 
     paper: ClassVar[str] = "Rundo et al., Neurocomputing 2019, arXiv:1904.08254"
     exchanges: ClassVar = {"step": 1, "round": 1}
@@ -74,15 +79,20 @@ class USENet(Strategy):
     }
 
     def __post_init__(self) -> None:
-        """Check the constant."""
-        if self.reduction < 1:
-            raise ConfigError(
-                f"strategy.reduction must be >= 1 (seen: {self.reduction})"
-            )
+        """Check the constants."""
+        check_constants(
+            self,
+            ("reduction", self.reduction >= 1, ">= 1"),
+            ("least_hidden", self.least_hidden >= 1, ">= 1"),
+        )
 
     def network(self, build: Callable[..., nn.Module]) -> nn.Module:
         """The study's network with a gate after every block."""
-        return build(add="squeeze", squeeze_reduction=self.reduction)
+        return build(
+            add="squeeze",
+            squeeze_reduction=self.reduction,
+            squeeze_least_hidden=self.least_hidden,
+        )
 
     def step(self, server: Server, cohort: Cohort, index: int) -> ServerHalf:
         """Average the sites' gradients and take the server's optimiser step."""

@@ -83,7 +83,10 @@ def compare_command(
         typer.echo(f"fedmed: {told}", err=True)
         sys.exit(STOPPED)
     speed = speed_of(spent, jobs=jobs, wall_s=time.monotonic() - began_s)
-    _finish(folder, speed if jobs > 1 and spent else None, as_json=as_json)
+    # What actors of another machine compute is not in the time of these processes.
+    is_here = "address" not in study.transport.options
+    shown = speed if jobs > 1 and spent and is_here else None
+    _finish(folder, shown, as_json=as_json)
 
 
 def _sites(study: Study) -> tuple[str, ...]:

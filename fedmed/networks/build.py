@@ -74,7 +74,8 @@ def build_network(
     themselves from `seed`. Torch's global random state stays as it was.
 
     Every network takes `add`: "squeeze" puts a gate after every block, of reduction
-    `squeeze_reduction` (16); "series_adapter" and "parallel_adapter" put an adapter
+    `squeeze_reduction` (16) with at least `squeeze_least_hidden` (1) hidden units;
+    "series_adapter" and "parallel_adapter" put an adapter
     beside every convolution larger than 1x1. Other layers keep their names and their
     initial weights.
 
@@ -109,6 +110,7 @@ def build_network(
     added = {
         "what": options.pop("add", "nothing"),
         "reduction": options.pop("squeeze_reduction", 16),
+        "least_hidden": options.pop("squeeze_least_hidden", 1),
     }
     with _private_random_state(derive(seed, "initial_weights")):
         if name.startswith("monai:"):
@@ -222,9 +224,11 @@ def _norm(options: Mapping[str, Any], site_ids: Sequence[str]) -> Norm:
     return Norm(**given, site_ids=tuple(sorted(site_ids)))
 
 
-def _add(network: nn.Module, *, what: Any, reduction: Any, norm: Norm) -> None:
+def _add(
+    network: nn.Module, *, what: Any, reduction: Any, least_hidden: Any, norm: Norm
+) -> None:
     if what == "squeeze":
-        add_gates(network, reduction=reduction)
+        add_gates(network, reduction=reduction, least_hidden=least_hidden)
     elif what == "series_adapter":
         add_adapters(network, "series", norm=norm)
     elif what == "parallel_adapter":

@@ -105,6 +105,7 @@ class DilatedResidual(nn.Module):
             dropout,
         )
         norm = norm or Norm()
+        self.size_multiple = STRIDE
         self.encoder = Encoder(in_channels, base_width, dropout=dropout, norm=norm)
         maps = maps_per_class * num_classes
         self.decoder = Unfolding(32 * base_width, maps, norm=norm)
@@ -120,7 +121,7 @@ class DilatedResidual(nn.Module):
         Returns:
             Logits (B, L, I, J), of the images' size.
         """
-        padded = pad_to_multiple(images, STRIDE)
+        padded = pad_to_multiple(images, self.size_multiple)
         features = self.decoder(self.encoder(padded, site), site)
         logits: Tensor = self.head(features)
         return logits[:, :, : images.shape[2], : images.shape[3]]

@@ -23,10 +23,13 @@ class SqueezeGate(nn.Module):
 
     Args:
         channels: Channels c of the features.
-        reduction: r; the hidden layer has c / r units, at least one.
+        reduction: r; the hidden layer has c / r units.
+        least_hidden: But not fewer than this.
 
     Differs from the source:
-        No bias, as in the equation.
+        No bias, as in the equation. A hidden unit whose sum is negative for every image
+        then is zero for good; a narrow network needs more than the one or two units
+        that c / r leaves, or some of its gates never open.
 
     Example:
         >>> gate = SqueezeGate(4, reduction=2)
@@ -34,9 +37,9 @@ class SqueezeGate(nn.Module):
         torch.Size([1, 4, 3, 3])
     """
 
-    def __init__(self, channels: int, *, reduction: int) -> None:
+    def __init__(self, channels: int, *, reduction: int, least_hidden: int = 1) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(least_hidden, channels // reduction)
         self.squeeze = nn.Linear(channels, hidden, bias=False)
         self.excite = nn.Linear(hidden, channels, bias=False)
 
@@ -47,7 +50,7 @@ class SqueezeGate(nn.Module):
         return features * gate_BC.reshape(*gate_BC.shape, *[1] * (features.ndim - 2))
 
 
-def add_gates(network: nn.Module, *, reduction: int) -> None:
+def add_gates(network: nn.Module, *, reduction: int, least_hidden: int = 1) -> None:
     """Put a gate after every block of a network.
 
     Blocks keep the names of their own layers; each gets one more child, `gate`.
@@ -55,12 +58,15 @@ def add_gates(network: nn.Module, *, reduction: int) -> None:
     Args:
         network: Changed in place.
         reduction: As of `SqueezeGate`.
+        least_hidden: As of `SqueezeGate`.
 
     Raises:
-        ConfigError: If the network has no block, or the reduction is impossible.
+        ConfigError: If the network has no block, or a number is impossible.
     """
-    if reduction < 1:
-        raise ConfigError(f"squeeze_reduction is {reduction}; expected at least 1")
+    numbers = {"squeeze_reduction": reduction, "squeeze_least_hidden": least_hidden}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected at least 1")
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     if not blocks:
         raise ConfigError(
@@ -69,7 +75,8 @@ def add_gates(network: nn.Module, *, reduction: int) -> None:
             "unet_3d_pairs or classifier.",
         )
     for block in blocks:
-        block.add_module("gate", SqueezeGate(block.width, reduction=reduction))
+        gate = SqueezeGate(block.width, reduction=reduction, least_hidden=least_hidden)
+        block.add_module("gate", gate)
         block.register_forward_hook(_through_gate)
 
 

@@ -94,6 +94,7 @@ class UNet3DPairs(nn.Module):
                 f"{num_classes}, base_width {base_width}; each must be at least 1, and "
                 f"the width at most {MAX_WIDTH // 16}"
             )
+        self.size_multiple = 2 ** (len(_PAIRS) - 1)
         self.encoder = Encoder(in_channels, base_width, norm=norm or Norm())
         self.decoder = Decoder(base_width, norm=norm or Norm())
         self.head = nn.Conv3d(2 * base_width, num_classes, kernel_size=1)
@@ -108,7 +109,7 @@ class UNet3DPairs(nn.Module):
         Returns:
             Logits (B, L, I, J, K), of the images' size.
         """
-        padded = pad_to_multiple(images, 2 ** (len(_PAIRS) - 1))
+        padded = pad_to_multiple(images, self.size_multiple)
         logits: Tensor = self.head(self.decoder(self.encoder(padded, site), site))
         for axis in (2, 3, 4):
             logits = logits.narrow(axis, 0, images.shape[axis])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,20 +80,18 @@ class WithAuxiliary(nn.Module):
             branch = self._branch(features, images, site)
         return _cropped(logits, images), branch
 
-    def _features(self, images: Tensor, site: str | None) -> tuple[Tensor, ...]:
+    def _features(self, images: Tensor, site: str | None) -> Any:
+        # A tensor, or one of each level: what the network's own decoder takes.
         padded = pad_to_multiple(images, self.size_multiple)
-        features: tuple[Tensor, ...] = self.encoder(padded, site)
-        return features
+        return self.encoder(padded, site)
 
-    def _branch(
-        self, features: tuple[Tensor, ...], images: Tensor, site: str | None
-    ) -> Tensor:
+    def _branch(self, features: Any, images: Tensor, site: str | None) -> Tensor:
         decoder, head = self.auxiliary["decoder"], self.auxiliary["head"]
         return _cropped(_decoded(decoder, head, features, site), images)
 
 
 def _decoded(
-    decoder: nn.Module, head: nn.Module, features: tuple[Tensor, ...], site: str | None
+    decoder: nn.Module, head: nn.Module, features: Any, site: str | None
 ) -> Tensor:
     decoded = decoder(features, site)
     logits: Tensor = head(decoded, site) if _takes_site(head) else head(decoded)

@@ -246,6 +246,11 @@ def _against(
     seeds = test.seed_differences
     if not test.p_holm < 0.05:
         return [f"{start}, which may be chance."]
+    if not test.is_of_one_mind:
+        return [
+            f"{start} in the mean over sites, but most patients lean the other way, so "
+            "it should not be relied on."
+        ]
     if seeds and min(seeds) * max(seeds) <= 0:
         return [f"{start}, but not with every seed, so it should not be relied on."]
     return [f"{start}, which is unlikely to be chance (p < 0.05 after correction)."]

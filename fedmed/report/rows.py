@@ -179,17 +179,33 @@ def mean_over_seeds(entries: Sequence[Entry]) -> Scores:
         entries: The runs of one row.
 
     Returns:
-        Site -> case -> score.
+        Site -> case -> score; without sites that number their cases anew in each run.
     """
     values: dict[str, dict[str, list[float]]] = {}
+    unknown = {site for entry in entries for site in numbering_sites(entry)}
     for entry in entries:
         for score in result_scores(entry):
+            if score.site in unknown:
+                continue
             cases = values.setdefault(score.site, {})
             cases.setdefault(score.case_id, []).append(score.score)
     return {
         site: {case_id: mean_of_finite(found) for case_id, found in cases.items()}
         for site, cases in values.items()
     }
+
+
+def numbering_sites(entry: Entry) -> frozenset[str]:
+    """Sites whose policy numbers cases in each message (`case_ids: drop`).
+
+    Nobody outside can tell which of them are the same case in two runs.
+    """
+    data = entry.run.study.get("data") or {}
+    return frozenset(
+        str(site)
+        for site, facts in data.items()
+        if facts and facts.get("case_names") == "drop"
+    )
 
 
 def row_label(entry: Entry) -> str:
@@ -341,8 +357,11 @@ def _with_gain(
         [result_scores(entry) for entry in found if entry.run.cases]
         for found in entries
     )
+    unknown = {s for found in entries for e in found for s in numbering_sites(e)}
     cells = {
-        site: replace(cell, gain=_gain(site, own, others))
+        site: replace(cell, gain=math.nan)
+        if site in unknown
+        else replace(cell, gain=_gain(site, own, others))
         if own and others
         else replace(cell, gain=_gain_of_cells(cell, alone.cells.get(site)))
         for site, cell in row.cells.items()

@@ -87,6 +87,9 @@ class PairedTest:
         num_worse: Patients in whose cases it is worse; the rest are equal.
         seed_differences: `difference` of each seed that both have.
         p: Two-sided Wilcoxon signed-rank p-value over patients; NaN if none differs.
+        leaning: Which way the ranks lean that `p` is of: 1, -1, or 0 for neither. With
+            sites of unequal size it need not be the sign of `difference`, in which each
+            site counts alike.
         p_holm: The same after Holm's correction within its family: all strategies
             over all sites, or all strategies at each single site.
     """
@@ -103,6 +106,12 @@ class PairedTest:
     p: float
     p_holm: float = math.nan
     num_patients: int = 0
+    leaning: int = 0
+
+    @property
+    def is_of_one_mind(self) -> bool:
+        """Whether most patients lean the way of the mean over sites."""
+        return self.leaning * self.difference > 0
 
 
 def paired_tests(
@@ -228,6 +237,13 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     return _exact_p(np.rint(2 * ranks).astype(int), round(2 * positive))
 
 
+def _leaning(differences: np.ndarray) -> int:
+    """Sign of the rank sum of positive differences against that of negative ones."""
+    kept = differences[np.isfinite(differences) & (differences != 0)]
+    ranks = _mean_ranks(np.abs(kept)) if len(kept) else np.zeros(0)
+    return int(np.sign((ranks * np.sign(kept)).sum()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     r"""Correct p-values for their number, step by step from the smallest.
 
@@ -327,6 +343,7 @@ def _test(label: str, site: str, pairs: Pairs, by_seed: list[Pairs]) -> PairedTe
         tuple(_mean_difference(found) for found in by_seed),
         wilcoxon_p(pooled),
         num_patients=len(pooled),
+        leaning=_leaning(pooled),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmed.profile import STRICT
 from fedmed.report.judges import judges_notes
-from fedmed.report.rows import ALONE, Cell, Row, make_rows
+from fedmed.report.rows import ALONE, Cell, Row, make_rows, numbering_sites
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.untrained import untrained_notes
 from fedmed.report.wording import NO_VALUE, listing, number, percent, signed_points
@@ -127,6 +127,7 @@ def make_table(comparison: Comparison) -> Table:
         *_notes(rows, sites),
         *_profile_notes(profile),
         *judges_notes(comparison),
+        *_unpaired_notes(comparison),
         *untrained_notes(comparison),
     )
     return Table(comparison.name, kind, score_name, tuple(sites), rows, notes, profile)
@@ -144,6 +145,19 @@ def percent_with_spread(cell: Cell | None) -> str:
 def missed(row: Row) -> str:
     """Print how many organs were missed at all sites, of how many."""
     return f"{row.num_missed} of {row.num_organs}" if row.num_organs else NO_VALUE
+
+
+def _unpaired_notes(comparison: Comparison) -> tuple[str, ...]:
+    if len(comparison.entries) < 2:
+        return ()
+    sites = sorted({s for entry in comparison.entries for s in numbering_sites(entry)})
+    if not sites:
+        return ()
+    return (
+        f"{listing(sites)}: the policy lets cases leave as numbers of each message "
+        "(case_ids: drop), so that nobody can tell which are the same case in two "
+        "runs: no gain and no paired test there.",
+    )
 
 
 def _profile_notes(profile: str) -> tuple[str, ...]:

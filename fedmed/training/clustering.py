@@ -28,6 +28,7 @@ from fedmed.losses.metric import Labelled, contrastive, triplet_semi_hard
 from fedmed.message import SiteId, State
 from fedmed.networks.metric_network import HEAD
 from fedmed.training.coupled import NOTHING_TOLD, Measured, Pass
+from fedmed.training.plausibility import means_problem, vectors_problem
 from fedmed.training.statistic_bank import PRESENT, banked, banked_sites
 
 Grade = Literal["exact", "proxy", "within_site"]
@@ -37,6 +38,8 @@ LAYERS = (HEAD,)
 """What a forward pass must note for `features_of`."""
 VECTORS, KINDS = "vectors", "kinds"
 CENTROIDS, SHOWN = "centroids", "shown"
+_MARGINS = 1e4
+"""Embeddings as far apart as so many margins were not learned with that loss."""
 _FEWEST_SAMPLES = 2
 """The mean of a single example is that example."""
 
@@ -193,6 +196,22 @@ class Clustering:
         if self.by_proxies:
             return Tally.of(embedded).told(self.min_count)
         return Measured(values={})
+
+    def problem(self, state: State, *, width: int) -> str:
+        """Say what is wrong with what a site told; "" if nothing is.
+
+        Args:
+            state: As `told` made it, other tensors beside.
+            width: Of an embedding.
+        """
+        largest = _MARGINS * self.margin
+        if self.is_exact:
+            return vectors_problem(
+                state, vectors=VECTORS, kinds=KINDS, width=width, largest=largest
+            )
+        if self.by_proxies:
+            return means_problem(state, means=CENTROIDS, marks=SHOWN, largest=largest)
+        return ""
 
     def over_all(self, told: Mapping[SiteId, State]) -> Tensor:
         """The weighted loss over the samples of all sites, for grade "exact"."""

@@ -75,7 +75,7 @@ from fedmed.reduce import tree_sum
 from fedmed.replies import states_of
 from fedmed.strategy import Outcome, Replies, SiteContext
 from fedmed.training.local import OPTIMIZER, gradient_outcome, trained_outcome
-from fedmed.training.trainer import TrainResult
+from fedmed.training.trainer import Trainer, TrainResult
 
 
 @dataclass(frozen=True)
@@ -294,9 +294,13 @@ def trained_outcome_with(
     return replace(outcome, payload=payload)
 
 
+TOLD_WITH = f"extra/{CLASS_STATISTIC}"
+"""Section of a reply that holds a statistic which came with weights."""
+
+
 def told_with(replies: Replies) -> Mapping[SiteId, State]:
     """Statistics that came with weights, by site."""
-    return states_of(replies, f"extra/{CLASS_STATISTIC}")
+    return states_of(replies, TOLD_WITH)
 
 
 def _measure(
@@ -305,10 +309,19 @@ def _measure(
     """Run one batch forward, with the draws that both halves share."""
     model = site.load(weights)
     (batch,) = site.batches(index, 1)
+    trainer = noting_trainer(site, statistic.layers)
     with site.draws("coupled", index), captured(model, statistic.layers) as outputs:
-        logits, labels = site.trainer.logits(model, batch)
+        logits, labels = trainer.logits(model, batch)
         passed = Pass(model, logits, labels, outputs)
         return passed, statistic.compute(passed)
+
+
+def noting_trainer(site: SiteContext, layers: tuple[str, ...]) -> Trainer:
+    """The site's trainer, which does not run a compiled network past `captured`.
+
+    A network that was compiled before calls no hook that came later.
+    """
+    return replace(site.trainer, compiled=None) if layers else site.trainer
 
 
 @contextlib.contextmanager

@@ -238,7 +238,8 @@ def stepped(
         count = num_weighted(weights)
         gradient = {name: count * g for name, g in gradient.items()}
     server = server.descend(gradient, memory=memory)
-    return server.with_shared(server.merge(states_of(replies, "buffers"), weights))
+    statistics = server.merge_buffers(states_of(replies, "buffers"), weights)
+    return server.with_shared(statistics)
 
 
 def merged(server: Server, replies: Replies, weights: Mapping[SiteId, float]) -> Server:

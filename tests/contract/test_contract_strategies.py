@@ -331,6 +331,12 @@ def test_payloads_survive_the_wire(name, sync):
         assert_same(from_message(to_message(payload)), payload)
 
 
+def test_a_network_that_drops_values_cannot_be_compared():
+    dropping = "model={name: tiny.dropping:Dropping, mode: slice}"
+    with pytest.raises(ConfigError, match=r"without dropout \(seen: 0\.5\)"):
+        proof("fedavg", dropping)
+
+
 def proof(name, *more):
     return prove(
         name,

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmed.report.run_folder import read_comparison
+from fedmed.report.significance import paired_tests
+
 sys.path.insert(0, str(Path(__file__).parent))
 line = importlib.import_module("command_line")
 
@@ -121,3 +124,38 @@ def test_a_leg_that_is_killed_is_named(fedmed, in_turn, work):
     assert ended.code == 4
     assert "separate-seed0: the process of it was ended by signal 9" in ended.err
     assert len([*out.glob("*/summary.json")]) == 5
+
+
+@pytest.mark.parametrize("case_ids", ["pseudonym", "drop"])
+def test_cases_are_paired_under_the_names_that_a_policy_lets_out(
+    fedmed, work, case_ids
+):
+    """Pseudonyms are those of the comparison; numbers of a message cannot be paired."""
+    policy = work / "policy.yaml"
+    kinds = "allowed_kinds: [Card, Metrics, Weights]"
+    policy.write_text(f"{kinds}\ncase_ids: {case_ids}\nmin_count: 0\n")
+    study = line.write_study(
+        work, rounds=1, sites={**line.TINY["sites"], "policy": str(policy)}
+    )
+    out = work / "out"
+    ended = fedmed(
+        "compare", study, "--strategies", "separate,fedavg", "--seeds", "0,1",
+        "--out", out, "--jobs", "2", "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    rows = {row["label"]: row for row in ended.record["table"]["rows"]}
+    comparison = read_comparison(out)
+    overall, _ = paired_tests(comparison, "separate")
+    if case_ids == "drop":
+        assert overall == ()
+        assert "case_ids: drop" in " ".join(ended.record["table"]["notes"])
+        return
+    (test,) = overall
+    assert test.num_cases == test.num_patients > 0
+    assert len(test.seed_differences) == 2
+    names = {r["case_id"] for entry in comparison.entries for r in entry.run.cases}
+    sites = {r["site"] for entry in comparison.entries for r in entry.run.cases}
+    assert len(names) == test.num_cases
+    assert rows["fedavg"]["overall"]["gain"] is not None
+    keys = sorted(out.rglob("pseudonym.key"))
+    assert keys == sorted(out / "secrets" / site / "pseudonym.key" for site in sites)

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 folders = importlib.import_module("report_folders")
 
 ROOT = Path(__file__).parents[2]
-TEST = PairedTest("m", "", 0.02, 0.01, 0.03, 20, 15, 5, (0.01, 0.03), 0.001, 0.01)
+TEST = PairedTest(
+    "m", "", 0.02, 0.01, 0.03, 20, 15, 5, (0.01, 0.03), 0.001, 0.01, leaning=1
+)
 MS_NET = Claim("ms_net", "separate")
 CLAIMS = (MS_NET, Claim("separate", "fedavg", "b"), Claim("ms_net", "absent"))
 QUESTION = Question(
@@ -55,7 +57,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({}, "**holds**"),
         ({"p_holm": 0.06}, "not shown: may be chance"),
         ({"p_holm": math.nan}, "not shown: may be chance"),
-        ({"difference": -0.02}, "**the reverse holds**"),
+        ({"difference": -0.02, "leaning": -1}, "**the reverse holds**"),
+        (
+            {"leaning": -1},
+            "not shown: most patients lean the other way than the mean over sites",
+        ),
         ({"difference": math.nan}, "not measured"),
         ({"seed_differences": (-0.01, 0.05)}, "**holds**, though not with every seed"),
     ],

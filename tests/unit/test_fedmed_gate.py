@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -276,6 +276,57 @@ class TestUsualNorms:
         for _ in range(69):
             screen(still, EXPECTATION, usual)
         assert usual["state"] == pytest.approx(0.5, rel=0.01)
+
+
+class TestDifferentParts:
+    """Sites that play different parts in one exchange are compared within each."""
+
+    ROLES: ClassVar = {"a": "train", "b": "train"}
+
+    def test_names_are_compared_within_a_role(self) -> None:
+        def part(*names: str) -> Message:
+            state = {name: torch.ones_like(REFERENCE[name]) for name in names}
+            return to_message(Gradient(num_examples=5, state=state))
+
+        replies = {"a": part("w"), "b": part("w"), "c": part("w", "b"), "d": part("b")}
+        roles = dataclasses.replace(EXPECTATION, roles=self.ROLES)
+        accepted, refused = screen(replies, roles)
+        assert list(accepted) == ["a", "b", "c"]
+        assert "lacks 'state/w'" in refused["d"]
+
+    def test_norms_are_compared_within_a_role(self) -> None:
+        roles = dataclasses.replace(EXPECTATION, roles=self.ROLES)
+        sizes = {"a": 1e-6, "b": 1e-6, "c": 1.0, "d": 1.0}
+        replies = {site: gradient(size) for site, size in sizes.items()}
+        usual: dict[str, float] = {}
+        assert screen(replies, roles, usual) == (replies, {})
+        assert usual == {
+            "state": pytest.approx(1.0),
+            "train/state": pytest.approx(1e-6),
+        }
+        assert list(screen({**replies, "b": gradient(1.0)}, roles, usual)[1]) == ["b"]
+
+    def test_norms_that_cannot_be_compared_are_held_against_the_past(self) -> None:
+        free = dataclasses.replace(EXPECTATION, comparable=False)
+        usual: dict[str, float] = {}
+        first = {"a": gradient(1e-9), "b": gradient(1e-9), "c": gradient(1.0)}
+        assert screen(first, free, usual) == (first, {})
+        assert screen(first, free, usual) == (first, {})
+        _, refused = screen({**first, "b": gradient(1e9)}, free, usual)
+        assert "1e+09 times the usual" in refused["b"].replace("1.01", "1")
+        assert len(refused) == 1
+
+
+def test_a_section_can_be_checked_for_what_is_in_it() -> None:
+    def no_twos(state: dict[str, torch.Tensor]) -> str:
+        return "holds a 2" if bool((state["b"] == 2).any()) else ""
+
+    asked = dataclasses.replace(EXPECTATION, checks={"state": no_twos})
+    replies = {"a": weights(1), "b": weights(b=torch.full((3,), 2.0))}
+    for good, bad in zip(*map(packed_too, replies.values()), strict=True):
+        accepted, refused = screen({"a": good, "b": bad}, asked)
+        assert list(accepted) == ["a"]
+        assert refused == {"b": "holds a 2"}
 
 
 def test_whatever_is_accepted_becomes_a_payload() -> None:

@@ -116,8 +116,9 @@ def test_with_two_sites_training_on_one_is_leaving_the_other_out(
     ]  # fmt: skip
 
 
-def test_methods_of_episodes_cannot_train_at_one_site() -> None:
-    leg = Leg("mldg", 0, None, "", trained_on="s")
+@pytest.mark.parametrize("method", ["mldg", "masf", "saml", "meta_reg", "epi_fcr"])
+def test_methods_of_episodes_cannot_train_at_one_site(method: str) -> None:
+    leg = Leg(method, 0, None, "", trained_on="s")
     with pytest.raises(ConfigError, match="under cross_site one trains alone"):
         legs.study_of(CONTENT, study(), leg, sites=["s", "t"])
 

@@ -29,7 +29,7 @@ def test_dsbn_shares_the_published_kernels_and_keeps_the_published_normalisation
 @pytest.mark.parametrize(
     ("name", "shared", "kept"),
     [
-        ("use_net", KERNELS + SCALES + 54_528, 0),
+        ("use_net", KERNELS + SCALES + 56_320, 0),
         ("parallel_adapter", KERNELS, SCALES + KERNELS // 9),
         ("series_adapter", KERNELS, SCALES + 1_931_848),
         ("dual_stream", 15_637_504, KERNELS + SCALES - 15_637_504),
@@ -41,6 +41,10 @@ def test_the_other_rows_share_and_keep_what_their_docstrings_say(name, shared, k
     assert (whole.shared_values, whole.kept_values) == (shared, kept)
     text = type(load_strategy(name, {})).__doc__
     assert f"{shared:,}" in text
+
+
+def test_use_net_with_the_published_gates():
+    assert all_of("use_net", least_hidden=1).shared_values == KERNELS + SCALES + 54_528
 
 
 def test_parts_add_up():

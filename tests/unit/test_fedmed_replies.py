@@ -107,11 +107,14 @@ def test_means_of_packed_and_plain_states_are_bit_equal(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
-def test_merges_of_packed_and_plain_states_are_bit_equal(count: int) -> None:
+@pytest.mark.parametrize("how", [{}, {"one_pass": True}])
+def test_merges_of_packed_and_plain_states_are_bit_equal(
+    count: int, how: dict[str, bool]
+) -> None:
     messages, entries = random_replies(count), describe_state(network())
-    weights = weights_of(messages)
-    merged = merge_states(Replies(packed(messages)).states("state"), weights, entries)
-    assert_same_bits(merged, merge_states(plain(messages), weights, entries))
+    weights, rows = weights_of(messages), packed(messages)
+    merged = merge_states(Replies(rows).states("state"), weights, entries, **how)
+    assert_same_bits(merged, merge_states(plain(messages), weights, entries, **how))
 
 
 def test_a_site_of_weight_zero_does_not_take_part() -> None:

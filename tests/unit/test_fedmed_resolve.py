@@ -30,6 +30,9 @@ class Typed(Strategy):
     count: int = 1
     flag: bool = False
     pair: tuple[int, ...] = ()
+    limit: float | int | None = None
+    most: int | None = None
+    parts: tuple[str, ...] = ()
     paper: ClassVar[str] = "none"
 
 
@@ -72,6 +75,16 @@ def test_a_wrong_name_is_explained(name, told):
         ("fedavg", {"weighting": "cases"}, "examples, uniform.*'cases'"),
         ("fedavg", {"sync": "epoch"}, "step, round.*'epoch'"),
         ("joint", {"sync": "step"}, "no sync: step; it has round"),
+        ("masf", {"tensor_clip": "much"}, r"tensor_clip must be a number.*'much'"),
+        ("masf", {"num_meta_test": "two"}, r"num_meta_test must be a whole number"),
+        ("mldg", {"num_meta_test": 1.5}, r"num_meta_test must be a whole number"),
+        ("mldg", {"num_meta_test": True}, r"num_meta_test must be a whole number"),
+        ("mldg", {"num_meta_test": 0}, r"num_meta_test must be >= 1"),
+        ("saml", {"num_meta_train": -1}, r"num_meta_train must be >= 1"),
+        ("meta_reg", {"num_meta_test": 0}, r"num_meta_test must be >= 1"),
+        ("meta_reg", {"phase_one_rounds": 1.5}, "phase_one_rounds must be a whole"),
+        ("masf", {"metric_widths": "24,16"}, r"metric_widths must be a whole number"),
+        ("epi_fcr", {"head": 5}, r"head must be a list of names.*5"),
     ],
 )
 def test_a_wrong_option_is_explained(name, options, told):
@@ -84,6 +97,14 @@ def test_numbers_are_taken_as_yaml_gives_them():
     converted = _convert(Typed, given)
     assert converted == {"rate": 0.001, "count": 4, "flag": True, "pair": (1, 2)}
     assert type(converted["count"]) is int
+    several = {"limit": "1e1", "most": "3", "parts": "head", "pair": 7}
+    wanted = {"limit": 10.0, "most": 3, "parts": ("head",), "pair": (7,)}
+    assert _convert(Typed, several) == wanted
+    assert _convert(Typed, {"limit": None, "most": None}) == {
+        "limit": None,
+        "most": None,
+    }
+    assert type(_convert(Typed, {"limit": 2})["limit"]) is int
     assert type(_convert(Typed, {"rate": 1})["rate"]) is float
     for wrong in ({"count": 2.5}, {"count": "inf"}, {"count": None}, {"flag": "yes"}):
         with pytest.raises(ConfigError, match="must be"):

@@ -177,6 +177,8 @@ def test_nearest_is_the_set_of_the_site_with_the_like_card(
     assert {row["sets_of"] for row in rows} == {nearest}
     sent = [m for _, m in transport.down if m.kind == "evaluate_newcomer"]
     assert [m.header["values"]["sets"] for m in sent] == [1]
+    # Nobody else's leaves.
+    assert [site for site, m in transport.up if m.kind == "Normalisation"] == [nearest]
 
 
 @pytest.mark.parametrize("first", RULES)
@@ -391,6 +393,25 @@ def test_a_site_that_shares_nothing_usable_is_left_out_by_name(
     assert transport.asked == (2 if fault == "silent" else 1)
     assert result.rounds[-1]["failed"] == {}
     assert result.rounds[-1]["answered"] == ["a", "b"]
+
+
+@dataclass
+class CardedAndSpoiling(Carded, Spoiling):
+    """Both: the nearest site shares something that nobody can use."""
+
+
+@pytest.mark.parametrize("fault", ["silent", "nan"])
+def test_if_the_nearest_shares_nothing_the_next_one_is_asked(
+    tmp_path: Path, fault: str
+) -> None:
+    cards = {"a": {"field_T": 1.5}, "b": {"field_T": 3.0}, "c": {"field_T": 3.0}}
+    transport = CardedAndSpoiling(cards=cards, fault=fault)
+    result = runs.run(_study(**_rules("nearest")), tmp_path, transport=transport)
+    assert result.rounds[-1]["not_shared"].keys() == {"b"}
+    rows = _by_rule(result)["nearest"]
+    assert {row["sets_of"] for row in rows} == {"a"}
+    expected = _predicted(result, _kept(result, "a"))
+    np.testing.assert_allclose(_scores(rows), expected, atol=1e-6)
 
 
 def test_a_site_that_never_trained_has_nothing_to_share(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_the_published_gates_have_a_sixteenth_of_the_channels():
     assert shapes == [(1, 16), (2, 32), (4, 64)]
 
 
+def test_narrow_gates_can_have_more():
+    model = build("residual_unet", base_width=16, add="squeeze", squeeze_least_hidden=3)
+    shapes = [tuple(level.gate.squeeze.weight.shape) for level in model.encoder.levels]
+    assert shapes == [(3, 16), (3, 32), (4, 64)]
+
+
 def test_the_gates_are_used():
     model = build("residual_unet", add="squeeze").eval()
     images = torch.randn(1, 1, 8, 8)
@@ -86,5 +92,6 @@ def test_a_network_without_blocks_is_refused_with_what_to_set():
     with pytest.raises(ConfigError, match="no block") as caught:
         build_network("mlp", in_channels=2, num_classes=2, seed=0, add="squeeze")
     assert "residual_unet" in caught.value.hint
-    with pytest.raises(ConfigError, match="squeeze_reduction"):
-        build("unet", add="squeeze", squeeze_reduction=0)
+    for option in ("squeeze_reduction", "squeeze_least_hidden"):
+        with pytest.raises(ConfigError, match=option):
+            build("unet", add="squeeze", **{option: 0})

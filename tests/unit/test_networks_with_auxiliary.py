@@ -37,6 +37,23 @@ def test_called_as_a_network_it_is_the_plain_one(name, shape):
     assert not any(counted)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("dilated_residual", {"maps_per_class": 1}, (2, 1, 30, 21)),
+        ("unet_3d_pairs", {}, (2, 1, 12, 9, 6)),
+    ],
+)
+def test_networks_of_eighths_take_any_size_too(name, options, shape):
+    given = {"in_channels": 1, "num_classes": 2, "base_width": 2, **options}
+    plain, other = (build_network(name, **given, seed=seed) for seed in (0, 1))
+    network = WithAuxiliary(build_network(name, **given, seed=0), other)
+    x = images(*shape)
+    logits, branch = network.both(x)
+    assert torch.equal(logits, plain(x))
+    assert branch.shape == logits.shape == (2, 2, *shape[2:])
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_branch_is_a_network_of_the_same_features(name):
     other = build(name, 1)

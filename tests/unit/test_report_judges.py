@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedmed.report.judges import EPISODIC, FEW_SITES, judges_notes
+from fedmed.report.judges import EPISODIC, judges_notes
 from fedmed.report.run_folder import Comparison, Entry, Run
 
 
@@ -20,29 +21,39 @@ def compared(
     return Comparison("x", (Entry(name, 0, None, Run("x", study)),))
 
 
+JUDGES, TEACHES = "strategy.num_meta_test", "strategy.num_meta_train"
+
+
 @pytest.mark.parametrize(
-    ("comparison", "is_told"),
+    ("comparison", "told"),
     [
-        (compared("mldg", 6, num_meta_test=1), True),
-        (compared("mldg", 6, num_meta_test=2), False),
-        (compared("mldg", 6, held_out=1), False),
-        (compared("saml", 4, held_out=1), True),
-        (compared("fedavg", 2), False),
-        (compared("masf", 0), False),
+        (compared("mldg", 6, num_meta_test=1), {JUDGES}),
+        (compared("mldg", 6, num_meta_test=2), set()),
+        (compared("mldg", 6, held_out=1), set()),
+        (compared("saml", 4, held_out=1), {JUDGES}),
+        (compared("saml", 4, held_out=1, num_meta_test=2), {TEACHES}),
+        (compared("saml", 6, num_meta_train=1), {TEACHES}),
+        (compared("masf", 2), {JUDGES, TEACHES}),
+        (compared("meta_reg", 6), {TEACHES}),
+        (compared("meta_reg", 2, num_meta_test=2), {JUDGES, TEACHES}),
+        (compared("fedavg", 2), set()),
+        (compared("masf", 0), set()),
     ],
 )
-def test_a_single_judge_is_told(comparison: Comparison, is_told: bool) -> None:
+def test_who_plays_a_part_alone_is_told(comparison: Comparison, told: set[str]) -> None:
     notes = judges_notes(comparison)
-    assert bool(notes) == is_told
-    assert all("strategy.num_meta_test" in note for note in notes)
+    assert {key for note in notes for key in (JUDGES, TEACHES) if key in note} == told
+    assert len(notes) == len(told)
 
 
-def test_the_rule_is_that_of_episodes() -> None:
-    from fedmed.episodes import default_meta_test
-
-    assert [n < FEW_SITES for n in range(2, 9)] == [
-        default_meta_test(n) == 1 for n in range(2, 9)
-    ]
+def test_of_sites_that_take_turns_only_those_of_a_round_count() -> None:
+    many = compared("mldg", 6)
+    drawn = dataclasses.replace(
+        many.entries[0].run, study={**many.entries[0].run.study, "sites_per_round": 3}
+    )
+    entry = dataclasses.replace(many.entries[0], run=drawn)
+    assert judges_notes(many) == ()
+    assert len(judges_notes(Comparison("x", (entry,)))) == 1
 
 
 def test_no_strategy_with_episodes_is_forgotten() -> None:

@@ -18,6 +18,7 @@ from fedmed.report.significance import (
     NUM_RESAMPLES,
     Differences,
     _bootstrap_interval,
+    _test,
     choose_reference,
     holm,
     paired_tests,
@@ -60,6 +61,24 @@ def test_wilcoxon_with_ties_equals_every_sign_tried(values: list[float]) -> None
 
 def test_wilcoxon_of_nothing_is_nan() -> None:
     assert math.isnan(wilcoxon_p(np.zeros(5)))
+
+
+def test_many_patients_of_one_site_need_not_lean_the_way_of_the_mean_over_sites() -> (
+    None
+):
+    """30 patients at one hospital a little worse, 5 at another much better."""
+    pairs = {
+        "a": Differences(np.full(30, -0.01), np.arange(30)),
+        "b": Differences(np.full(5, 0.2), np.arange(5)),
+    }
+    test = _test("m", "", pairs, [])
+    assert test.difference == pytest.approx(0.095)
+    assert test.p < 0.05
+    assert (test.num_better, test.num_worse) == (5, 30)
+    assert test.leaning == -1
+    assert not test.is_of_one_mind
+    alone = _test("m", "b", {"b": pairs["b"]}, [])
+    assert alone.is_of_one_mind
 
 
 def test_holm_is_never_below_the_raw_value_and_keeps_the_order() -> None:

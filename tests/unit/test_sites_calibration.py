@@ -16,7 +16,13 @@ from torch import nn
 from fedmed.case import UNKNOWN_LABEL
 from fedmed.strategy import Private
 from fedmed.study import study_from_dict
-from sites.calibration import calibrate, recalibrate, training_batches
+from sites.calibration import (
+    calibrate,
+    keeps_statistics,
+    needs_calibration,
+    recalibrate,
+    training_batches,
+)
 from sites.context import Workbench
 from sites.evaluation import evaluate
 
@@ -55,6 +61,32 @@ def test_every_training_image_is_seen_once_and_no_other() -> None:
     )
     again = torch.cat(list(training_batches(bench)))
     assert torch.equal(again, torch.cat(batches))
+
+
+def test_nothing_is_dropped_while_a_newcomer_estimates_its_statistics() -> None:
+    """AdaBN is a function of images and weights, whatever was drawn before."""
+    network = {"name": "tiny.dropping:Dropping", "mode": "slice"}
+    study = runs.make_study({**runs.IMAGE, "model": network}, "fedbn")
+    found = []
+    for seed in (0, 1):
+        bench = Workbench(study, "a", runs.CACHE)
+        torch.manual_seed(seed)
+        calibrate(bench, bench.model)
+        assert not any(module.training for module in bench.model.modules())
+        found.append({n: t.clone() for n, t in bench.model.state_dict().items()})
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_what_only_training_uses_asks_for_no_statistics() -> None:
+    """The random head of Epi-FCR is kept, and nobody is evaluated with it."""
+    strategy = {"head": ["head", "decoder.levels.0"]}
+    study = runs.make_study(
+        runs.IMAGE, "epi_fcr", strategy=strategy, model={"norm": "batch"}
+    )
+    bench = Workbench(study, "a", runs.CACHE)
+    assert any("running_mean" in name for name in bench.partition.kept)
+    assert not needs_calibration(bench, Private())
+    assert not keeps_statistics(bench)
 
 
 def test_training_images_of_a_divided_volume_are_its_training_slices() -> None:

@@ -72,3 +72,18 @@ def test_each_site_moves_its_own_scale_and_statistics(tmp_path, sync):
     first, other = (result.private(site).states["kept"] for site in "ab")
     differing = [n for n, t in first.items() if not torch.equal(t, other[n])]
     assert len(differing) == len([n for n in first if "num_batches" not in n])
+
+
+def test_sites_that_are_left_share_the_steps_after_a_loss():
+    """What a site keeps moves by its part of the pooled step, as what it shares."""
+    ward = runs.Ward(runs.make_study(runs.IMAGE, "fedbn", strategy={"sync": "step"}))
+    half = ward.strategy.run_round(ward.server, ward.cohort())
+    request = next(half)
+    shares = [content["share"] for content in request.content_by_site.values()]
+    assert shares == pytest.approx([1 / 3] * 3)
+    replies = ward.answer(request)
+    del replies["c"]
+    request = half.send(replies)
+    assert request.site_ids == ("a", "b")
+    shares = [content["share"] for content in request.content_by_site.values()]
+    assert shares == pytest.approx([1 / 2] * 2)

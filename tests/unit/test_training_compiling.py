@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from fedmed.training.compiling import (
     steps_of_a_process,
     with_compile,
 )
+from fedmed.training.coupled import captured, noting_trainer
 from fedmed.training.curvature import hessian_vector
 from fedmed.training.measurement import live_model, random_batch
 from fedmed.training.trainer import Compiled
@@ -67,7 +70,11 @@ def compare(cache):
     product = hessian_vector(trainer, model, batch, vector)
     eager = hessian_vector(replace(trainer, compiled=None), model, batch, vector)
     settled = with_compile(study(precision="float64"), decided=True)
+    with captured(model, ("head",)) as outputs:
+        site: Any = SimpleNamespace(trainer=trainer)
+        noting_trainer(site, ("head",)).logits(model, batch)
     return {
+        "noted": sorted(outputs),
         "was_compiled": "torch._inductor.graph" in sys.modules,
         "names": sorted(fast) == sorted(plain),
         "difference": max(float((fast[n] - plain[n]).abs().max()) for n in plain),
@@ -118,6 +125,8 @@ def test_a_compiled_network_learns_the_same(tmp_path):
     assert found["loss_difference"] < 1e-12
     assert found["difference"] < 1e-12
     assert found["second_derivatives"]
+    # What is noted on the way is noted although the network was compiled before.
+    assert found["noted"] == ["head", "head/input"]
     assert 0 < found["speeds"]["compiled_s"] < 5
     assert 0 < found["speeds"]["eager_s"] < 5
     assert any((tmp_path / "compiled").iterdir())
