@@ -296,13 +296,16 @@ def place_legs(
         content = content_hash(study, data)
         name = where.setdefault(content, leg.folder)
         run_folder = RunFolder(folder / name)
-        if run_folder.lock_file.exists():
+        is_there = run_folder.lock_file.exists()
+        if is_there:
             check_folder(run_folder, study, resume=True)
-        if known.get(name, content) not in {content, ""}:
+        # What was deleted by hand is trained anew.
+        if is_there and known.get(name, content) not in {content, ""}:
             raise ResumeError(
-                f"{name} was trained on other images, labels or splits",
-                hint="Put the data back as they were, or choose another --out. Runs of "
-                "a version that knew other keys of a study need one too.",
+                f"{name} was trained on other images, labels or splits, or by a "
+                "version with other defaults",
+                hint=f"Put the data back as they were, delete {name} to train it anew, "
+                "or choose another --out.",
             )
         placed[replace(leg, folder=name, content=content)] = study
     return placed

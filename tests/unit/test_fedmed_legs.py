@@ -9,6 +9,7 @@ import pytest
 from fedmed import legs
 from fedmed.errors import ConfigError, ResumeError, UsageError
 from fedmed.legs import Leg, Turn
+from fedmed.runfolder import RunFolder
 from fedmed.study import Study, study_from_dict
 
 CONTENT: dict[str, Any] = {
@@ -176,8 +177,17 @@ def test_equal_content_is_one_run_under_any_label(tmp_path: Path) -> None:
 
 def test_other_data_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     place(tmp_path, "fedprox")
+    (leg,) = legs.make_legs(["fedprox"], [0], [Turn()])
+    own = legs.study_of(CONTENT, study(), leg).to_dict()
+    own["strategy"] = {**own["strategy"], "sync": "step"}
+    run = RunFolder(tmp_path / "fedprox-seed0")
+    run.create()
+    run.write_lock(own)
     with pytest.raises(ResumeError, match="fedprox-seed0 was trained on other images"):
         place(tmp_path, "fedprox", data="changed")
+    # Without the folder there is nothing that the changed data could be mixed with.
+    run.lock_file.unlink()
+    assert place(tmp_path, "fedprox", data="changed") == ["fedprox-seed0"]
 
 
 def test_data_hash_sees_labels_and_sites(tmp_path: Path) -> None:
