@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED=0
 # Options of the benchmarks, as in: make bench BENCH="--only W2,W3"
 BENCH ?=
 # Two workers fit the smallest machine; Flower's and Ray's tests start processes too.
-JOBS ?= 2
+JOBS ?= 3
 
 help: ## Print the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

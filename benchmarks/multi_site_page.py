@@ -111,7 +111,7 @@ def verdict(claim: Claim, test: PairedTest) -> str:
     if not test.p_holm < LEVEL:
         return "not shown: may be chance"
     if not test.is_of_one_mind:
-        return "not shown: most patients lean the other way than the mean over sites"
+        return "not shown: patients' ranks lean the other way than the mean over sites"
     if test.difference > 0:
         return "**holds**" + (", though not with every seed" if split else "")
     return "**the reverse holds**"

@@ -117,8 +117,8 @@ COMPACT: Final = "saml[smooth_weight=0]"
 """SAML without its second loss, and without both: rows of its table."""
 
 GENERALISING: Final = (
-    "bigaug", "mldg", "meta_reg", "epi_fcr[model.norm=instance]", "latreg", "masf",
-    "saml", "feddg", "harmofl",
+    "bigaug[weighting=uniform]", "mldg", "meta_reg", "epi_fcr[model.norm=instance]",
+    "latreg", "masf", "saml", "feddg[weighting=uniform]", "harmofl",
 )  # fmt: skip
 """Methods made for hospitals that never took part."""
 

@@ -275,7 +275,9 @@ class Engine:
             for answer in answers.values()
         )
         messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
-        accepted, refused = self._screen(messages, server, request)
+        per_step = self.strategy.sync == "step"
+        steps = 1 if per_step else self._steps(self._drawn(number))
+        accepted, refused = self._screen(messages, server, request, steps)
         log.refused.update(refused)
         for site, message in accepted.items():
             self._post.accept(site, message, stamp)
@@ -291,7 +293,11 @@ class Engine:
         return Stamp(number, attempt, log.exchanges, self._first_step(number))
 
     def _screen(
-        self, messages: Mapping[SiteId, Message], server: Server, request: Exchange
+        self,
+        messages: Mapping[SiteId, Message],
+        server: Server,
+        request: Exchange,
+        steps: int,
     ) -> tuple[dict[SiteId, Message], dict[SiteId, str]]:
         expectation = Expectation(
             reference=server.shared,
@@ -303,6 +309,7 @@ class Engine:
             alike=request.alike,
             comparable=request.comparable,
             roles=request.roles,
+            steps=steps,
             checks=request.checks,
             sends=request.sends,
         )

@@ -38,7 +38,7 @@ _LARGEST_STATISTIC = 1 << 20
 """Numbers in one `ClassStatistic` whose shapes nobody declared: it grows with classes
 and features, never with voxels."""
 _FADING = 0.99
-"""What is left of a usual norm after one exchange: half of it after 69."""
+"""What is left of a usual norm after one step: half of it after 69."""
 _STATISTICS = "buffers"
 _MEASURED_FROM = ("Weights", "state")
 """Kind and section whose numbers are values, not differences."""
@@ -55,15 +55,17 @@ class Expectation:
         registered: Training examples each site registered with.
         norm_factor: An update is refused if its L2 norm exceeds this many times both
             the median of the other sites' and what was usual so far (`screen`); None =
-            not checked.
+            not checked. One that stands alone is not, nor one beside others of norm 0.
         max_norm: The same as an absolute number; None = not checked.
         kinds: Kinds that may come.
-        alike: All sites (of one role) send the same names and shapes; what most of
-            them send is right. False: each may send any part of what is declared.
-        comparable: Sites' norms say something about each other. False: an update is
-            held against the largest ones so far alone, and the first of all against
-            nothing.
-        roles: By site; only sites of the same role are compared. Empty = all are.
+        alike: All sites send the same names and shapes; what most of them send is
+            right. False: each may send any part of what is declared.
+        comparable: Sites' norms say something about each other. False: one site's may
+            be next to nothing where another's is not, so that the factor is squared,
+            and nothing is refused before there is something usual.
+        roles: By site; only norms of sites of the same role are compared. Empty = all.
+        steps: Optimisation steps between two such exchanges, after which what was
+            usual is forgotten the more.
         sends: Shape by name of what a reply's "state" holds; None: the network's
             entries, for a `ClassStatistic` whatever most sites send. Weights and
             gradients are always of the network's entries.
@@ -78,6 +80,7 @@ class Expectation:
     alike: bool = True
     comparable: bool = True
     roles: Mapping[SiteId, str] = dataclasses.field(default_factory=dict)
+    steps: int = 1
     sends: Mapping[str, tuple[int, ...]] | None = None
     checks: Mapping[str, Callable[[State], str]] = dataclasses.field(
         default_factory=dict
@@ -127,15 +130,14 @@ def screen(
             accepted[site_id] = replies[site_id]
         except _RefusedError as refusal:
             refused[site_id] = str(refusal)
+    if expectation.alike:
+        refused |= _unlike(accepted)
+    accepted = {s: m for s, m in accepted.items() if s not in refused}
     known: UsualNorms = {} if usual is None else usual
-    for role, members in _by_role(accepted, expectation.roles).items():
-        if expectation.alike:
-            refused |= _unlike(members)
-        group = {s: m for s, m in members.items() if s not in refused}
-        if expectation.norm_factor is not None and expectation.alike:
-            refused |= _outsized(
-                group, expectation, expectation.norm_factor, known, role=role
-            )
+    if expectation.norm_factor is not None and expectation.alike:
+        factor = expectation.norm_factor
+        for role, group in _by_role(accepted, expectation.roles).items():
+            refused |= _outsized(group, expectation, factor, known, role=role)
     accepted = {s: m for s, m in accepted.items() if s not in refused}
     return accepted, dict(sorted(refused.items()))
 
@@ -457,6 +459,7 @@ def _outsized(
     role: str,
 ) -> dict[SiteId, str]:
     norms = {site: update_norms(m, expectation) for site, m in messages.items()}
+    factor = factor if expectation.comparable else factor**2
     refused: dict[SiteId, str] = {}
     for section in sorted({section for own in norms.values() for section in own}):
         held = {site: own[section] for site, own in norms.items() if section in own}
@@ -464,24 +467,21 @@ def _outsized(
         key = f"{role}/{section}" if role else section
         before = usual.get(key, 0.0)
         for site, norm in held.items():
-            against = {}
-            if expectation.comparable:
-                median = _median_of_others(ordered, norm)
-                against["the median of the other sites"] = median
-            against["the usual"] = before
+            median = _median_of_others(ordered, norm)
             # All others may stand still (a fully converged or frozen network).
-            known = {what: value for what, value in against.items() if value > 0}
-            bound = max(known.values(), default=math.inf)
-            if not norm <= factor * bound:
-                times = [f"{norm / v:.3g} times {what}" for what, v in known.items()]
+            is_checked = median > 0 and (expectation.comparable or before > 0)
+            if is_checked and not norm <= factor * max(median, before):
                 refused[site] = (
                     f"the update's norm ({section}) is {norm:.3g}, "
-                    f"{' and '.join(times)}; at most {factor:.3g} times is allowed"
+                    f"{norm / median:.3g} times the median of the other sites"
+                    + (f" and {norm / before:.3g} times the usual" if before else "")
+                    + f"; at most {factor:.3g} times is allowed"
                 )
         kept = [norm for site, norm in held.items() if site not in refused]
         if kept:
-            now = statistics.median(kept) if expectation.comparable else max(kept)
-            usual[key] = max(now, _FADING * before)
+            # Of two sites the smaller: one alone cannot raise what is usual.
+            now = statistics.median_low(kept)
+            usual[key] = max(now, _FADING**expectation.steps * before)
     for site, why in refused.items():
         logger.warning("site %s: %s", site, why)
     return refused

@@ -84,7 +84,7 @@ def merge_norm_statistics(
     weights: Mapping[SiteId, float | int],
     entries: Iterable[Entry],
     *,
-    one_pass: bool = False,
+    passes: Mapping[str, int] | None = None,
 ) -> State:
     r"""Merge running statistics by the law of total variance.
 
@@ -92,16 +92,17 @@ def merge_norm_statistics(
     $\sigma^2 = \sum_s w_s (\sigma_s^2 + f (\mu_s - \mu)^2)$ with $\sum_s w_s = 1$:
     unlike the mean of the variances it holds what differs between the sites.
 
-    f is 1 where the sites' statistics are their own. After one pass from common ones,
-    $\mu_s = (1 - a) \mu_0 + a m_s$ for a batch of mean $m_s$ and a momentum a: the
-    squares shrink by $a^2$, but the pooled batch's variance between the sites has to
-    come in by a, so f is 1 / a.
+    f is 1 where the sites' statistics are their own. After k passes from common ones,
+    $\mu_s = (1 - b) \mu_0 + b m_s$ with $b = 1 - (1 - a)^k$ for batches of mean $m_s$
+    and a momentum a: the squares shrink by $b^2$, but the pooled batches' variance
+    between the sites has to come in by b, so f is 1 / b.
 
     Args:
         states: One state per site; other tensors in it are passed over.
         weights: One weight per site.
         entries: What the state consists of.
-        one_pass: All sites started from the same statistics and made one pass.
+        passes: By name of a running variance: how many passes all sites made from the
+            same statistics. None: their statistics are their own.
 
     Returns:
         The normalisation statistics, and the largest of each counter.
@@ -131,14 +132,20 @@ def merge_norm_statistics(
             [part[mean_name] for part in parts],
             [part[name] for part in parts],
             list(shares.values()),
-            between=_between(entries)[name] if one_pass else 1.0,
+            between=_between(entries, passes).get(name, 1.0),
         )
     return {name: merged[name] for name in names}
 
 
-def _between(entries: Iterable[Entry]) -> dict[str, float]:
-    """What the variance between sites is multiplied by after one pass, by name."""
-    return {entry.name: 1 / (entry.momentum or 1.0) for entry in entries}
+def _between(
+    entries: Iterable[Entry], passes: Mapping[str, int] | None
+) -> dict[str, float]:
+    """What the variance between sites is multiplied by, by name of a variance."""
+    return {
+        entry.name: 1 / (1 - (1 - entry.momentum) ** passes[entry.name])
+        for entry in entries
+        if passes and entry.momentum and passes.get(entry.name)
+    }
 
 
 def merge_states(
@@ -146,7 +153,7 @@ def merge_states(
     weights: Mapping[SiteId, float | int],
     entries: Iterable[Entry],
     *,
-    one_pass: bool = False,
+    passes: Mapping[str, int] | None = None,
 ) -> State:
     """Merge the sites' states, each tensor by its role.
 
@@ -158,7 +165,7 @@ def merge_states(
         weights: One weight per site.
         entries: What the whole state consists of; names the states lack do not
             matter.
-        one_pass: As of `merge_norm_statistics`.
+        passes: As of `merge_norm_statistics`.
 
     Returns:
         A state with the names, order and dtypes of the first site's.
@@ -173,7 +180,7 @@ def merge_states(
     packed = states.rows() if isinstance(states, SiteStates) else None
     if packed is not None and known.issuperset(packed[0].slots):
         shares = _shares(states, weights)
-        return _merge_rows(*packed, shares, entries, one_pass=one_pass)
+        return _merge_rows(*packed, shares, entries, passes=passes)
     averaged = {e.name for e in entries if e.role in ("weight", "norm_affine")}
     for site in sorted(states):
         unknown = [name for name in states[site] if name not in known]
@@ -185,7 +192,7 @@ def merge_states(
         {s: {n: t for n, t in x.items() if n in averaged} for s, x in states.items()},
         weights,
     )
-    merged = means | merge_norm_statistics(states, weights, entries, one_pass=one_pass)
+    merged = means | merge_norm_statistics(states, weights, entries, passes=passes)
     return {name: merged[name] for name in states[min(states)]}
 
 
@@ -195,7 +202,7 @@ def _merge_rows(
     shares: Mapping[SiteId, float],
     entries: tuple[Entry, ...],
     *,
-    one_pass: bool,
+    passes: Mapping[str, int] | None,
 ) -> State:
     """Do what `merge_states` does with replies that are laid out alike."""
     merged = _mean(section, rows, shares)
@@ -205,7 +212,7 @@ def _merge_rows(
     if held and first.adder:
         names = tuple(section.slots[name].name for name in held)
         first.adder.bring([rows[site] for site in shares], names)
-    factors = _between(entries) if one_pass else {}
+    factors = _between(entries, passes)
     alike: dict[tuple[torch.dtype, float], list[str]] = {}
     for name in filter(_is_variance, held):
         key = (merged[name].dtype, factors.get(name, 1.0))

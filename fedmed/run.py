@@ -206,6 +206,7 @@ def host_spec(study: Study, folder: RunFolder) -> HostSpec:
         "study": study.to_dict(),
         "folder": str(folder.path.resolve()),
         "cache": str(cache_folder(study).resolve()),
+        "secrets": str(folder.secrets.resolve()),
     }
     return HostSpec(HOST_FACTORY, options, threads=study.train.threads)
 

@@ -245,14 +245,14 @@ class RunFolder:
         """Folder of one simulated site's private part."""
         return self.sites / site_id
 
-    def secrets_of(self, site_id: SiteId) -> Path:
-        """Folder of what a simulated site keeps secret over all runs of a comparison.
+    @property
+    def secrets(self) -> Path:
+        """Folder of what simulated sites keep secret over all runs of a comparison.
 
         Cases have the same pseudonyms in all of them, or nothing could be paired.
         """
         is_of_many = (self.path.parent / COMPARISON_FILE).is_file()
-        home = self.path.parent / "secrets" if is_of_many else self.sites
-        return home / site_id
+        return self.path.parent / "secrets" if is_of_many else self.sites
 
 
 def finite(value: Any) -> Any:

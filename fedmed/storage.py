@@ -81,8 +81,13 @@ def write_once(path: Path, data: Buffer, *, mode: int = 0o666) -> None:
     own = path.with_name(f".{path.name}.{secrets.token_hex(4)}.fedmed-tmp")
     try:
         write_atomic(own, data, mode=mode)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(own, path)
+        except FileExistsError:
+            return
+        except OSError:  # a disk without hard links
+            own.replace(path)
+        sync_folder(path.parent)
     finally:
         own.unlink(missing_ok=True)
 

@@ -63,9 +63,10 @@ class Exchange:
         site_ids: Addressed sites, sorted.
         content: Named arguments for all of them: states or JSON scalars.
         content_by_site: Further arguments for single sites.
-        alike: All sites, or all of one role, answer with the same names and shapes.
+        alike: All sites answer with the same names and shapes.
         comparable: And with updates of about the same size.
-        roles: By site, where sites play different parts; empty = one part.
+        roles: By site, where sites play different parts and their updates differ in
+            size by that; empty = one part.
         sends: Shape by name of what a reply's "state" holds; None = undeclared.
         checks: By section of a reply ("state", "extra/class_statistic"): says what is
             wrong with it, "" if nothing is.
@@ -97,7 +98,7 @@ class Exchange:
             alike: False: each site may send another part of it.
             comparable: False: a site's update may be next to nothing where another's is
                 not, as with a loss of classes that some batches do not show.
-            roles: Role by site; only sites of the same one are compared.
+            roles: Role by site; only updates of sites of the same one are compared.
             checks: As of the exchange; see `fedmed.training.plausibility`.
 
         Example:
@@ -261,8 +262,18 @@ class Server:
     def merge_buffers(
         self, replies: Mapping[SiteId, State], weights: Mapping[SiteId, float]
     ) -> State:
-        """Merge statistics that all sites moved by one pass, from the server's own."""
-        return merge_states(replies, weights, self.entries, one_pass=True)
+        """Merge states whose statistics all sites moved on from the server's own.
+
+        How many passes they made is told by the counters of their layers, alike at all.
+        """
+        first = replies[min(site for site in replies if weights[site] > 0)]
+        passes = {}
+        for entry in self.entries:
+            counter = f"{entry.name.rpartition('.')[0]}.num_batches_tracked"
+            if entry.momentum is not None and counter in first:
+                made = int(first[counter]) - int(self.shared[counter])
+                passes[entry.name] = max(0, made)
+        return merge_states(replies, weights, self.entries, passes=passes)
 
 
 @dataclass(frozen=True)

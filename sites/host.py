@@ -45,8 +45,9 @@ def open_host(site_id: SiteId, options: Mapping[str, Any]) -> Host:
 
     Args:
         site_id: The site.
-        options: "study" (a mapping), "folder" (the run folder), "cache" and
-            "durable" (write working state through after each message).
+        options: "study" (a mapping), "folder" (the run folder), "cache",
+            "durable" (write working state through after each message) and, if not in
+            the run folder, "secrets".
     """
     common = options.get("common", {})
     if "hospital" not in common:
@@ -62,11 +63,13 @@ class Premises:
         workshop: Study, list of sites and the live network.
         policy: What may leave.
         folder: Run folder.
+        secrets: What hospitals keep secret over all runs of a comparison.
     """
 
     workshop: Workshop
     policy: Policy
     folder: RunFolder
+    secrets: Path
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Premises:
@@ -78,7 +81,9 @@ class Premises:
             else Policy.permissive()
         )
         workshop = Workshop(study, Path(options["cache"]))
-        return cls(workshop, policy, RunFolder(Path(options["folder"])))
+        folder = RunFolder(Path(options["folder"]))
+        secrets = Path(options.get("secrets", folder.sites))
+        return cls(workshop, policy, folder, secrets)
 
 
 class Host:
@@ -95,7 +100,7 @@ class Host:
         self._bench = Workbench(shop.study, site_id, shop.cache, shop)
         self._policy = premises.policy
         self._folder = folder.site_folder(site_id)
-        self._secrets = folder.secrets_of(site_id)
+        self._secrets = premises.secrets / site_id
         self._ledger = Ledger(folder.ledger / site_id, digests=_digests(shop.study))
         self._store = PrivateStore(self._folder / "private", durable=durable)
         self._asked = Message("open")

@@ -21,7 +21,7 @@ network:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from fedmed.networks.metric_network import (
     MetricNetwork,
     features_before_head,
 )
-from fedmed.payload import ClassStatistic, Embedding
+from fedmed.payload import ClassStatistic, Embedding, Gradient, expect
 from fedmed.replies import states_of
 from fedmed.strategy import (
     Cohort,
@@ -95,6 +95,7 @@ from fedmed.training.pooled_episode import (
     task_gradient,
 )
 from fedmed.training.statistic_bank import updated_bank
+from fedmed.training.trainer import trainable
 
 if TYPE_CHECKING:
     from fedmed.task import Task
@@ -307,7 +308,7 @@ class SAML(Strategy):
                 by_site=self._second_half(told, judges, episode, weights),
             )
             # Meta-test sites have the task's loss, the others only one of embeddings,
-            # which may be of next to nothing.
+            # of which there may be next to nothing.
             roles = dict.fromkeys(episode.meta_train.site_ids, "meta-train")
             metas = yield request.expecting(
                 roles=roles, comparable=not self.smooth_weight
@@ -349,6 +350,11 @@ class SAML(Strategy):
         """Say what is wrong with what a site told; "" if nothing is."""
         return self._clusters.problem(state, width=self.metric_widths[-1])
 
+    def _problem_with(self, state: State) -> str:
+        """The same of what came with weights, which a policy may have noised."""
+        width = self.metric_widths[-1]
+        return self._clusters.problem(state, width=width, noised=True)
+
     def _others(self, told: Mapping[SiteId, State], site: SiteId) -> State:
         return others_of(told, site) if self._clusters.by_proxies else {}
 
@@ -387,7 +393,10 @@ class SAML(Strategy):
         if self._clusters.is_here:
             factors[_SMOOTH] = pull
 
+        names: set[str] = set()
+
         def compute(passed: Pass) -> Measured:
+            names.update(trainable(passed.model))
             values: State = {}
             if _COMPACT in factors:
                 values[_COMPACT] = self._compactness(passed)
@@ -401,7 +410,7 @@ class SAML(Strategy):
             name: torch.tensor(factor, dtype=torch.float64)
             for name, factor in factors.items()
         }
-        return cotangent_outcome(
+        outcome = cotangent_outcome(
             site,
             weights,
             index,
@@ -409,6 +418,7 @@ class SAML(Strategy):
             {**cotangent, **local},
             task_weight=task,
         )
+        return _whole(outcome, {name: weights[name] for name in names & set(weights)})
 
     def _compactness(self, passed: Pass | PooledPass) -> Tensor:
         return compactness_loss(passed.logits, passed.labels)
@@ -429,7 +439,7 @@ class SAML(Strategy):
         """Local steps on the task, then of the meta-test sites on L_meta."""
         episode, weights = self._episode(cohort, 0), self.weights_of(cohort)
         request = episode.meta_train.ask(self.training, weights=server.shared)
-        tasks = yield request.expecting(checks={TOLD_WITH: self._problem})
+        tasks = yield request.expecting(checks={TOLD_WITH: self._problem_with})
         if not any_weighted(tasks, weights):
             return server
         states = dict(states_of(tasks, "state"))
@@ -442,7 +452,7 @@ class SAML(Strategy):
             weights=ahead.shared,
             by_site={s: {"others": others_of(proxies, s)} for s in judges.site_ids},
         )
-        metas = yield request.expecting(checks={TOLD_WITH: self._problem})
+        metas = yield request.expecting(checks={TOLD_WITH: self._problem_with})
         if not any_weighted(metas, weights):
             return ahead
         judged = server.merge(states_of(metas, "state"), {s: weights[s] for s in metas})
@@ -543,6 +553,13 @@ def _meta(
         if (mean := mean_over(here, weights)) is not None:
             means[name] = mean
     return sum_of_parts(means) if "test" in means else None
+
+
+def _whole(outcome: Outcome, weights: State) -> Outcome:
+    """The same with zeros for the head, of which embeddings alone have no gradient."""
+    payload = expect(outcome.payload, Gradient)
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    return replace(outcome, payload=replace(payload, state=zeros | payload.state))
 
 
 def _divided(cotangent: State, share: float) -> State:

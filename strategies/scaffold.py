@@ -10,13 +10,14 @@ Federated Learning, ICML 2020, arXiv:1910.06378, algorithm 1, option II.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from fedmed.errors import ConfigError
-from fedmed.message import State
+from fedmed.message import SiteId, State
 from fedmed.reduce import weighted_mean
 from fedmed.replies import states_of
 from fedmed.strategy import (
@@ -31,7 +32,13 @@ from fedmed.strategy import (
     Weighting,
     at_site,
 )
-from fedmed.training.local import merged, optimizer_at, train_here, trained_outcome
+from fedmed.training.local import (
+    merged,
+    optimizer_at,
+    present,
+    train_here,
+    trained_outcome,
+)
 from fedmed.training.pooled import PooledTraining, optimizer_change
 
 _CONTROL = "control"
@@ -110,9 +117,19 @@ class Scaffold(Strategy):
             count=count,
         )
 
+    def _merged(
+        self, server: Server, replies: Replies, weights: Mapping[SiteId, float]
+    ) -> Server:
+        if self.sync == "round":
+            return merged(server, replies, weights)
+        states = states_of(replies, "state")
+        return server.with_shared(
+            server.merge_buffers(states, present(weights, replies))
+        )
+
     def _update(self, server: Server, cohort: Cohort, replies: Replies) -> Server:
         weights = self.weights_of(cohort)
-        target = merged(server, replies, weights)
+        target = self._merged(server, replies, weights)
         moved = {
             name: w + self.server_lr * (target.shared[name] - w)
             for name, w in server.trainable().items()

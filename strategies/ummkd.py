@@ -294,9 +294,12 @@ class UMMKD(Strategy):
             weights=server.shared,
             by_site={s: self._target(bank, s, weights) for s in cohort.site_ids},
         )
-        replies = yield request.expecting(checks={TOLD_WITH: rows_problem})
+        replies = yield request.expecting(checks={TOLD_WITH: _noised_problem})
         told = {
-            site: {_ROWS: state[_ROWS].softmax(dim=1), PRESENT: state[PRESENT]}
+            site: {
+                _ROWS: state[_ROWS].softmax(dim=1),
+                PRESENT: (state[PRESENT] > 0.5).to(state[PRESENT]),
+            }
             for site, state in told_with(replies).items()
             if weights[site] > 0
         }
@@ -369,3 +372,8 @@ class UMMKD(Strategy):
         total = torch.stack(losses).sum() + self._distance(told)
         total.backward()  # type: ignore[no-untyped-call]
         pool.optimizer.step()
+
+
+def _noised_problem(state: State) -> str:
+    """Say what is wrong with rows that a policy may have noised."""
+    return rows_problem(state, noised=True)

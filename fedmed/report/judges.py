@@ -30,15 +30,21 @@ def judges_notes(comparison: Comparison) -> tuple[str, ...]:
         for part in _played_alone(entry):
             by_part.setdefault(part, []).append(row_label(entry))
     return tuple(
-        f"{listing(list(dict.fromkeys(labels)))}: in each step one site alone {part}, "
-        "so its gradient travels alone, and images could be inferred from it. In a "
-        "deployment let two sites or more play each part."
+        f"{listing(list(dict.fromkeys(labels)))}: in each step one site alone {part}"
         for part, labels in by_part.items()
     )
 
 
-_JUDGES = "judges what the others taught (strategy.num_meta_test)"
-_TEACHES = "teaches what the others judge (strategy.num_meta_train)"
+_TRAVELS = (
+    ", so its gradient travels alone, and images could be inferred from it. In a "
+    "deployment let two sites or more play each part."
+)
+_JUDGES = f"judges what the others taught (strategy.num_meta_test){_TRAVELS}"
+_TEACHES = f"teaches what the others judge (strategy.num_meta_train){_TRAVELS}"
+_TEACHES_A_HEAD = (
+    "teaches the head that others judge, as the method has it: a few steps of its own "
+    "on that head travel alone, and its images could in part be inferred from them."
+)
 
 
 def _played_alone(entry: Entry) -> tuple[str, ...]:
@@ -56,7 +62,7 @@ def _played_alone(entry: Entry) -> tuple[str, ...]:
     judging = options.get("num_meta_test") or default_meta_test(num_sites)
     teaching = options.get("num_meta_train") or num_sites - judging
     if options.get("name") == "meta_reg":
-        # One site teaches its head in each step, by the method itself.
-        judging, teaching = min(judging, num_sites - 1), 1
+        judges = (_JUDGES,) if min(judging, num_sites - 1) == 1 else ()
+        return (*judges, _TEACHES_A_HEAD)
     parts = {_JUDGES: judging, _TEACHES: teaching}
     return tuple(part for part, number in parts.items() if number == 1)

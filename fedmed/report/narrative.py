@@ -248,8 +248,8 @@ def _against(
         return [f"{start}, which may be chance."]
     if not test.is_of_one_mind:
         return [
-            f"{start} in the mean over sites, but most patients lean the other way, so "
-            "it should not be relied on."
+            f"{start} in the mean over sites, but the ranks of all patients together "
+            "lean the other way, so it should not be relied on."
         ]
     if seeds and min(seeds) * max(seeds) <= 0:
         return [f"{start}, but not with every seed, so it should not be relied on."]

@@ -179,10 +179,13 @@ def mean_over_seeds(entries: Sequence[Entry]) -> Scores:
         entries: The runs of one row.
 
     Returns:
-        Site -> case -> score; without sites that number their cases anew in each run.
+        Site -> case -> score; of several runs without sites that number their cases
+        anew in each.
     """
     values: dict[str, dict[str, list[float]]] = {}
-    unknown = {site for entry in entries for site in numbering_sites(entry)}
+    unknown: set[str] = set()
+    if len(entries) > 1:
+        unknown.update(site for entry in entries for site in numbering_sites(entry))
     for entry in entries:
         for score in result_scores(entry):
             if score.site in unknown:

@@ -19,6 +19,7 @@ from fedmed.report.rows import (
     ALONE,
     group_rows,
     mean_over_seeds,
+    numbering_sites,
     result_scores,
     row_label,
     way_of_testing,
@@ -110,7 +111,7 @@ class PairedTest:
 
     @property
     def is_of_one_mind(self) -> bool:
-        """Whether most patients lean the way of the mean over sites."""
+        """Whether the ranks of patients lean the way of the mean over sites."""
         return self.leaning * self.difference > 0
 
 
@@ -292,13 +293,14 @@ def _partner(
 def _differences(group: Sequence[Entry], against: Sequence[Entry]) -> Pairs:
     """Pair by site and case; what only one of the two has does not count."""
     scores, reference = mean_over_seeds(group), mean_over_seeds(against)
+    unknown = {s for entry in (*group, *against) for s in numbering_sites(entry)}
     patients = {
         (score.site, score.case_id): score.patient
         for entry in group
         for score in result_scores(entry)
     }
     pairs = {}
-    for site in sorted(set(scores) & set(reference)):
+    for site in sorted((set(scores) & set(reference)) - unknown):
         found = {
             case: scores[site][case] - reference[site][case]
             for case in sorted(set(scores[site]) & set(reference[site]))

@@ -197,20 +197,23 @@ class Clustering:
             return Tally.of(embedded).told(self.min_count)
         return Measured(values={})
 
-    def problem(self, state: State, *, width: int) -> str:
+    def problem(self, state: State, *, width: int, noised: bool = False) -> str:
         """Say what is wrong with what a site told; "" if nothing is.
 
         Args:
             state: As `told` made it, other tensors beside.
             width: Of an embedding.
+            noised: Its policy may have clipped and noised it.
         """
-        largest = _MARGINS * self.margin
+        largest = _MARGINS * max(1.0, self.margin)
         if self.is_exact:
             return vectors_problem(
                 state, vectors=VECTORS, kinds=KINDS, width=width, largest=largest
             )
         if self.by_proxies:
-            return means_problem(state, means=CENTROIDS, marks=SHOWN, largest=largest)
+            return means_problem(
+                state, means=CENTROIDS, marks=SHOWN, largest=largest, noised=noised
+            )
         return ""
 
     def over_all(self, told: Mapping[SiteId, State]) -> Tensor:
@@ -279,7 +282,10 @@ def others_of(proxies: Mapping[SiteId, State], site: SiteId) -> State:
 def to_bank(told: Mapping[SiteId, State]) -> dict[SiteId, State]:
     """Proxies as `updated_bank` takes them."""
     return {
-        site: {CENTROIDS: state[CENTROIDS], PRESENT: state[SHOWN]}
+        site: {
+            CENTROIDS: state[CENTROIDS],
+            PRESENT: (state[SHOWN] > 0.5).to(state[SHOWN]),
+        }
         for site, state in told.items()
     }
 

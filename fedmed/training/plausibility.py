@@ -13,16 +13,21 @@ from fedmed.message import State
 from fedmed.training.statistic_bank import PRESENT
 
 _TOLERANCE = 1e-3
-"""Of the sum of a row of probabilities: the rows may have been rounded to 16 bits."""
+"""Of the sum of a row of probabilities, in float32."""
+
+_LEAST_LOG = -1e3
+"""Of a probability. Its derivatives go to all other sites, and grow with it."""
 
 
-def rows_problem(state: State, name: str = "rows") -> str:
+def rows_problem(state: State, name: str = "rows", *, noised: bool = False) -> str:
     """Check rows of log-probabilities, one for each class, and the marks of those told.
 
     Args:
         state: `name`, (L, L), and "present", (L,) of zeros and ones; other tensors are
             passed over.
         name: Of the rows.
+        noised: The site's policy may have clipped and noised both: then only their
+            size is checked.
 
     Example:
         >>> import torch
@@ -36,15 +41,20 @@ def rows_problem(state: State, name: str = "rows") -> str:
     rows_LL, present_L = state[name], state[PRESENT]
     if rows_LL.ndim != 2 or tuple(present_L.shape) != (len(rows_LL),):
         return f"{name} and their marks do not fit together"
+    told_NL = rows_LL[present_L > 0.5].double()
+    if noised:
+        return _size_problem(told_NL, name, -_LEAST_LOG)
     if not _are_marks(present_L):
         return f"marks of {name} are neither 0 nor 1"
-    sums_L = rows_LL[present_L > 0.5].double().logsumexp(dim=1)
-    if bool((sums_L.abs() > _TOLERANCE).any()):
+    sums_N = told_NL.logsumexp(dim=1)
+    if bool((sums_N.abs() > _TOLERANCE).any() | (told_NL < _LEAST_LOG).any()):
         return f"{name} are no log-probabilities"
     return ""
 
 
-def means_problem(state: State, *, means: str, marks: str, largest: float) -> str:
+def means_problem(
+    state: State, *, means: str, marks: str, largest: float, noised: bool = False
+) -> str:
     """Check mean embeddings, (T, D), and their marks, (T,).
 
     Args:
@@ -52,13 +62,14 @@ def means_problem(state: State, *, means: str, marks: str, largest: float) -> st
         means: Name of the embeddings.
         marks: Name of the marks.
         largest: Largest number that an embedding may hold, up to its sign.
+        noised: As of `rows_problem`.
     """
     if means not in state or marks not in state:
         return f"{means} or their marks are missing"
     means_TD, marks_T = state[means], state[marks]
     if means_TD.ndim != 2 or tuple(marks_T.shape) != (len(means_TD),):
         return f"{means} and their marks do not fit together"
-    if not _are_marks(marks_T):
+    if not noised and not _are_marks(marks_T):
         return f"marks of {means} are neither 0 nor 1"
     return _size_problem(means_TD, means, largest)
 

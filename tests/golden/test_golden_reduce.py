@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from fedmed.partition import describe_state
+from fedmed.optimizer import OptimizerSpec
+from fedmed.partition import StatePartition, describe_state
 from fedmed.reduce import merge_states, weighted_mean
+from fedmed.strategy import Server
 
 
 def test_merged_statistics_are_those_of_the_pooled_data():
@@ -39,30 +42,39 @@ def test_merged_statistics_are_those_of_the_pooled_data():
     assert (averaged < 0.5 * pooled.var(axis=0)).all()
 
 
-def test_after_one_pass_the_variance_is_that_of_a_pass_of_all():
+@pytest.mark.parametrize("num_passes", [1, 2, 5])
+def test_after_some_passes_the_variance_is_that_of_passes_of_all(num_passes):
     """Torch moves running statistics by a share; so must what differs between sites."""
     rng = np.random.default_rng(5)
     data = {"a": rng.normal(-3, 1, (64, 4)), "b": rng.normal(3, 2, (64, 4))}
     layer = nn.BatchNorm1d(4, momentum=0.3, dtype=torch.float64)
     start = {n: t.clone() for n, t in layer.state_dict().items()}
-    shared = start
+    server = server_of(layer, start)
     for _ in range(40):
         states = {}
         for site, rows in data.items():
-            layer.load_state_dict(shared)
-            layer(torch.from_numpy(rows))
+            layer.load_state_dict(server.shared)
+            for _ in range(num_passes):
+                layer(torch.from_numpy(rows))
             states[site] = {n: t.clone() for n, t in layer.state_dict().items()}
-        entries = describe_state(layer)
-        shared = merge_states(states, {"a": 1, "b": 1}, entries, one_pass=True)
+        server = server.with_shared(server.merge_buffers(states, {"a": 1.0, "b": 1.0}))
+    shared = server.shared
     means = np.mean([rows.mean(axis=0) for rows in data.values()], axis=0)
     within = np.mean([rows.var(axis=0, ddof=1) for rows in data.values()], axis=0)
     apart = np.mean(
         [(rows.mean(axis=0) - means) ** 2 for rows in data.values()], axis=0
     )
-    left = 0.7**40  # of the initial mean 0 and variance 1
+    left = 0.7 ** (40 * num_passes)  # of the initial mean 0 and variance 1
     np.testing.assert_allclose(shared["running_mean"], means * (1 - left), rtol=1e-12)
     expected = (within + apart) * (1 - left) + left
     np.testing.assert_allclose(shared["running_var"], expected, rtol=1e-12)
+
+
+def server_of(layer, shared):
+    partition = StatePartition.of(layer, ["none"])
+    return Server(
+        shared, {}, partition.entries, partition, OptimizerSpec("sgd", lr=0.1)
+    )
 
 
 def test_statistics_far_from_zero_keep_their_variance():

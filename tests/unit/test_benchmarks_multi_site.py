@@ -60,7 +60,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"difference": -0.02, "leaning": -1}, "**the reverse holds**"),
         (
             {"leaning": -1},
-            "not shown: most patients lean the other way than the mean over sites",
+            "not shown: patients' ranks lean the other way than the mean over sites",
         ),
         ({"difference": math.nan}, "not measured"),
         ({"seed_differences": (-0.01, 0.05)}, "**holds**, though not with every seed"),

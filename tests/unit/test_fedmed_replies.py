@@ -107,12 +107,15 @@ def test_means_of_packed_and_plain_states_are_bit_equal(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
-@pytest.mark.parametrize("how", [{}, {"one_pass": True}])
+@pytest.mark.parametrize("num_passes", [None, 1, 3])
 def test_merges_of_packed_and_plain_states_are_bit_equal(
-    count: int, how: dict[str, bool]
+    count: int, num_passes: int | None
 ) -> None:
     messages, entries = random_replies(count), describe_state(network())
     weights, rows = weights_of(messages), packed(messages)
+    names = [e.name for e in entries if e.momentum is not None]
+    assert names
+    how = {"passes": dict.fromkeys(names, num_passes) if num_passes else None}
     merged = merge_states(Replies(rows).states("state"), weights, entries, **how)
     assert_same_bits(merged, merge_states(plain(messages), weights, entries, **how))
 

@@ -22,6 +22,7 @@ def compared(
 
 
 JUDGES, TEACHES = "strategy.num_meta_test", "strategy.num_meta_train"
+HEAD = "teaches the head"
 
 
 @pytest.mark.parametrize(
@@ -34,15 +35,17 @@ JUDGES, TEACHES = "strategy.num_meta_test", "strategy.num_meta_train"
         (compared("saml", 4, held_out=1, num_meta_test=2), {TEACHES}),
         (compared("saml", 6, num_meta_train=1), {TEACHES}),
         (compared("masf", 2), {JUDGES, TEACHES}),
-        (compared("meta_reg", 6), {TEACHES}),
-        (compared("meta_reg", 2, num_meta_test=2), {JUDGES, TEACHES}),
+        (compared("meta_reg", 6), {HEAD}),
+        (compared("meta_reg", 2, num_meta_test=2), {JUDGES, HEAD}),
         (compared("fedavg", 2), set()),
         (compared("masf", 0), set()),
     ],
 )
 def test_who_plays_a_part_alone_is_told(comparison: Comparison, told: set[str]) -> None:
     notes = judges_notes(comparison)
-    assert {key for note in notes for key in (JUDGES, TEACHES) if key in note} == told
+    assert {
+        key for note in notes for key in (JUDGES, TEACHES, HEAD) if key in note
+    } == told
     assert len(notes) == len(told)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedmed.errors import ConfigError
+from fedmed.message import Message
 from fedmed.resolve import load_strategy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -201,6 +203,47 @@ def test_a_policy_has_nothing_to_refuse_where_no_class_is_told(tmp_path, sync):
     study = study_of("ummkd", sync, options={"min_count": 120}, rounds=1, **few)
     (record,) = runs.run(study, tmp_path / "run").rounds
     assert not record["failed"]
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_rows_that_a_policy_noised_are_used_as_they_come(tmp_path, multiplier):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(
+        "allowed_kinds: [Card, Metrics, Weights, ClassStatistic]\nmin_count: 0\n"
+        f"noise: {{clip_norm: 1.0, noise_multiplier: {multiplier}}}\n"
+    )
+    sites = {"policy": str(policy)}
+    study = study_of("ummkd", "round", options={"min_count": 1}, sites=sites)
+    for record in runs.run(study, tmp_path / "run").rounds:
+        assert not record["refused"]
+        assert not record["failed"]
+
+
+@dataclass
+class Impossible(runs.Recorder):
+    """What site c tells of its classes, no hospital could have computed."""
+
+    def exchange(self, messages, **how):
+        answers = super().exchange(messages, **how)
+        answer = answers.get("c")
+        if isinstance(answer, Message) and answer.kind == "ClassStatistic":
+            rows = torch.full_like(answer.tensors["state/rows"], -1e30)
+            rows[:, 0] = 0.0
+            tensors = {"state/rows": rows, "state/present": torch.ones(len(rows))}
+            answers["c"] = replace(answer, tensors=tensors, norms=None)
+        return answers
+
+
+def test_impossible_rows_cost_their_site_the_round_and_nobody_else(tmp_path):
+    options = {"min_count": 1}
+    tolerance = {"quorum": 0.5}
+    study = study_of("ummkd", "step", options=options, tolerance=tolerance, rounds=1)
+    result = runs.run(study, tmp_path / "bad", transport=Impossible())
+    for record in result.rounds:
+        assert record["refused"] == {"c": "rows are no log-probabilities"}
+    silent = runs.Faulty(site="c", fault="silent")
+    without = runs.run(study, tmp_path / "silent", transport=silent)
+    torch.testing.assert_close(result.shared, without.shared, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("sync", ["round", "step"])

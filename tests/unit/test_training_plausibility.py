@@ -17,7 +17,15 @@ def rows(**changes):
     return {**state, **changes}
 
 
-def test_rows_that_a_softmax_gave_pass_in_every_precision():
+def test_of_noised_rows_only_the_size_is_checked():
+    noised = rows(rows=torch.randn(2, 2) - 3, present=torch.tensor([1.2, -0.7]))
+    assert rows_problem(noised) != ""
+    assert rows_problem(noised, noised=True) == ""
+    huge = {**noised, "rows": torch.full((2, 2), 1e9)}
+    assert "as large as 1e+09" in rows_problem(huge, noised=True)
+
+
+def test_rows_that_a_softmax_gave_pass():
     logits = 20 * torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float64, torch.float32):
         told = logits.to(dtype).log_softmax(dim=1)
@@ -35,6 +43,8 @@ def test_a_row_that_is_not_told_may_hold_zeros():
     [
         ({"rows": torch.full((2, 2), 1e5)}, "no log-probabilities"),
         ({"rows": torch.full((2, 2), -1e5)}, "no log-probabilities"),
+        # It sums to 1, and its derivatives would be of the size of the poison.
+        ({"rows": torch.tensor([[0.0, -1e30]] * 2)}, "no log-probabilities"),
         ({"present": torch.tensor([0.7, 1.0])}, "neither 0 nor 1"),
         ({"present": torch.ones(3)}, "do not fit together"),
         ({"rows": torch.zeros(2)}, "do not fit together"),
@@ -80,3 +90,15 @@ def test_mean_embeddings(means, shown, reason):
     found = PROXY.problem({CENTROIDS: means, SHOWN: shown}, width=4)
     assert (found == "") == (reason == "")
     assert reason in found
+
+
+def test_of_noised_means_the_marks_may_be_anything():
+    told = {CENTROIDS: torch.ones(2, 4), SHOWN: torch.tensor([0.8, -0.1])}
+    assert "neither 0 nor 1" in PROXY.problem(told, width=4)
+    assert PROXY.problem(told, width=4, noised=True) == ""
+
+
+def test_a_small_margin_does_not_make_embeddings_implausible():
+    narrow = Clustering("proxy", margin=1e-3, weight=1.0, min_count=1)
+    told = {CENTROIDS: torch.full((2, 4), 50.0), SHOWN: torch.ones(2)}
+    assert narrow.problem(told, width=4) == ""
