@@ -13,10 +13,10 @@
     python -m benchmarks.multi_site camera        a retina camera left out, real data
     python -m benchmarks.multi_site all           all of it
 
-Claims are written down in `benchmarks/multi_site_questions.py`, before any result unless
-a question says that it was asked later, and tested across test cases. Stopped at any
-moment, the same command goes on; nothing is trained twice. What comes out replaces its
-section of docs/results.md, whatever it is.
+Claims are written down in `benchmarks/multi_site_questions.py`, before any result
+unless a question says that it was asked later, and tested across test cases. Stopped at
+any moment, the same command goes on; nothing is trained twice. What comes out replaces
+its section of docs/results.md, whatever it is.
 `--quick` tries the script out in a minute or two and writes no results.
 """
 

@@ -269,7 +269,8 @@ class Server:
         first = replies[min(site for site in replies if weights[site] > 0)]
         passes = {}
         for entry in self.entries:
-            counter = f"{entry.name.rpartition('.')[0]}.num_batches_tracked"
+            module, dot, _ = entry.name.rpartition(".")
+            counter = f"{module}{dot}num_batches_tracked"
             if entry.momentum is not None and counter in first:
                 made = int(first[counter]) - int(self.shared[counter])
                 passes[entry.name] = max(0, made)
