@@ -275,8 +275,8 @@ class Engine:
             for answer in answers.values()
         )
         messages = {s: a for s, a in answers.items() if isinstance(a, Message)}
-        per_step = self.strategy.sync == "step"
-        steps = 1 if per_step else self._steps(self._drawn(number))
+        per_round = self._first_step(number + 1) - self._first_step(number)
+        steps = 1 if self.strategy.sync == "step" else per_round
         accepted, refused = self._screen(messages, server, request, steps)
         log.refused.update(refused)
         for site, message in accepted.items():
