@@ -28,7 +28,7 @@ strategy: {name: fedbn, sync: round}
 evaluate:
   overlays: 0
   statistics: recalibrated
-  unseen: [average, adabn, average_adabn, nearest, ensemble]
+  unseen: [average, adabn, ensemble]
 """
 FILES = ("model.safetensors", "cases.csv", "unseen.csv")
 

@@ -210,9 +210,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = folders.write_comparison(tmp_path_factory.mktemp("all") / "compare")
-    started = time.perf_counter()
+    started = time.process_time()  # other tests may be running beside this one
     report = build_report(folder)
-    assert time.perf_counter() - started < 6
+    assert time.process_time() - started < 6
     return report
 
 

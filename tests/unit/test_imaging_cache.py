@@ -378,9 +378,9 @@ def test_warm_start_is_quick_and_reads_no_scan(
     no_read.__qualname__, no_read.__module__ = read.__qualname__, read.__module__
     warm = [dataclasses.replace(ref, read=no_read) for ref in refs]
     os.chmod(refs[0].files[0], 0o600)
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     prepared = prepare_cases(warm, PLAIN, PreparedCache(tmp_path / "cache"), budget=0.0)
-    assert time.perf_counter() - start_s < 1.0
+    assert time.process_time() - start_s < 1.0
     assert len(prepared.cases) == 200
     index = indexed(tmp_path)
     assert len(index) == 200
