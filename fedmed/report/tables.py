@@ -16,7 +16,14 @@ from typing import Any
 
 from fedmed.profile import STRICT
 from fedmed.report.judges import judges_notes
-from fedmed.report.rows import ALONE, Cell, Row, make_rows, numbering_sites
+from fedmed.report.rows import (
+    ALONE,
+    Cell,
+    Row,
+    make_rows,
+    numbering_sites,
+    row_label,
+)
 from fedmed.report.run_folder import Comparison, read_comparison
 from fedmed.report.untrained import untrained_notes
 from fedmed.report.wording import NO_VALUE, listing, number, percent, signed_points
@@ -128,6 +135,7 @@ def make_table(comparison: Comparison) -> Table:
         *_profile_notes(profile),
         *judges_notes(comparison),
         *_unpaired_notes(comparison),
+        *_unfinished_notes(comparison),
         *untrained_notes(comparison),
     )
     return Table(comparison.name, kind, score_name, tuple(sites), rows, notes, profile)
@@ -145,6 +153,17 @@ def percent_with_spread(cell: Cell | None) -> str:
 def missed(row: Row) -> str:
     """Print how many organs were missed at all sites, of how many."""
     return f"{row.num_missed} of {row.num_organs}" if row.num_organs else NO_VALUE
+
+
+def _unfinished_notes(comparison: Comparison) -> tuple[str, ...]:
+    """Say which runs' numbers are of a round on the way."""
+    found = [e for e in comparison.entries if e.run.cases and not e.run.summary]
+    return tuple(
+        f"{row_label(entry)}, seed {entry.seed}: the run has not finished "
+        f"({len(entry.run.rounds)} of {entry.run.study.get('rounds', '?')} rounds); "
+        "these are the numbers of the last round that was evaluated."
+        for entry in found
+    )
 
 
 def _unpaired_notes(comparison: Comparison) -> tuple[str, ...]:

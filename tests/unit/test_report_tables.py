@@ -215,3 +215,14 @@ def test_there_is_no_gain_without_shared_cases(unseen: Path) -> None:
     assert math.isnan(table.rows[1].cells["a"].gain)
     column = table.header.index("Gain over alone")
     assert table.text_rows()[1][column] == "–"  # noqa: RUF001
+
+
+def test_numbers_of_a_run_on_the_way_are_called_that(tmp_path: Path) -> None:
+    plan = folders.Plan(overlays=False, num_rounds=4)
+    folder = folders.write_comparison(
+        tmp_path / "c", ("separate", "fedavg"), (0, 1), plan=plan
+    )
+    assert not any("not finished" in n for n in comparison_table(folder).notes)
+    (folder / "runs/fedavg-1/summary.json").unlink()
+    (note,) = [n for n in comparison_table(folder).notes if "not finished" in n]
+    assert note.startswith("fedavg, seed 1: the run has not finished (4 of ")
