@@ -58,7 +58,9 @@ class USENet(Strategy):
         the one or two that r = 16 leaves to a narrow layer, many never learn. Sites
         count alike, as in a pool that draws the same number of examples from each;
         `weighting: examples` changes that. Running statistics are merged by the law of
-        total variance.
+        total variance. In the published pool a batch mixes sites; here each site's is
+        normalised by itself in training, and by what all have in common afterwards,
+        which costs Dice where sites differ (docs/results.md, prostate).
     """
 
     weighting: Weighting = "uniform"
