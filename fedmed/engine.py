@@ -24,6 +24,7 @@ from fedmed.participation import draw
 from fedmed.replies import Replies
 from fedmed.round_end import RoundEnd
 from fedmed.runfolder import Observer, RunFolder
+from fedmed.selection import Selected, Selection
 from fedmed.strategy import (
     Cohort,
     Exchange,
@@ -52,6 +53,7 @@ class Ended:
         record: Its line in rounds.jsonl.
         rows: Its rows in cases.csv.
         unseen: Its rows in unseen.csv.
+        selected: After the last round, rows of selected.csv, if the study wants them.
         filed: Whether the sites filed what they keep, so that it can be checkpointed.
     """
 
@@ -60,6 +62,7 @@ class Ended:
     rows: list[Mapping[str, Any]]
     unseen: list[Mapping[str, Any]]
     filed: bool
+    selected: Selected | None = None
 
 
 @dataclass
@@ -101,12 +104,13 @@ class Engine:
     _first_steps: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
-        """Open the correspondence with the sites."""
+        """Open the correspondence with the sites, and the checkpoints."""
         self._post = Correspondence(self.transport, self.study.tolerance.timeout_s)
+        self._checkpoints = self.checkpoints or Checkpoints(self.folder.checkpoints)
 
     def run(self, server: Server, best: float | None = None) -> tuple[Server, bool]:
         """Run all rounds after `server.round`; returns the server and "finished"."""
-        checkpoints = self.checkpoints or Checkpoints(self.folder.checkpoints)
+        checkpoints = self._checkpoints
         if server.round == 0 and checkpoints.is_empty():
             self._save(checkpoints, server, None)
         is_saved = True
@@ -117,6 +121,8 @@ class Engine:
             server, is_saved = ended.server, ended.filed
             self.folder.append_cases(self.columns, ended.rows, sync=is_saved)
             self.folder.append_unseen(self.columns, ended.unseen, sync=is_saved)
+            if ended.selected is not None:
+                self.folder.write_selected(self.columns, ended.selected.rows)
             self.folder.append_round(ended.record, sync=is_saved)
             if is_saved:
                 value = ended.record["score"]
@@ -143,6 +149,9 @@ class Engine:
         every = self.study.checkpoint.every
         if number == self.study.rounds or number % every == 0:
             return True
+        evaluate = self.study.evaluate
+        if evaluate.selected and number % evaluate.every == 0:
+            return True  # else what comes out would depend on `checkpoint.every`
         return self.should_stop()
 
     def _round(self, server: Server) -> Ended:
@@ -178,13 +187,29 @@ class Engine:
         )
         apart = newcomers.apart(after, number)
         evaluated = tuple(site for site in self.evaluated if site not in apart)
-        ending = RoundEnd(self.study, self._post, evaluated, self.columns)
+        selects = self.study.evaluate.selected
+        best = self._checkpoints.best() if selects else None
+        ending = RoundEnd(self.study, self._post, evaluated, self.columns, best)
         rows = ending.run(after, stamp, log, files=filed)
         found = newcomers.run(after, stamp, log)
         rows = sorted([*rows, *found.result], key=lambda row: str(row["site"]))
-        record = self._record(number, attempt, log, rows)
+        validation, score = self._validated(rows)
+        selected = None
+        if selects and number == self.study.rounds:
+            selection = Selection(
+                self._post,
+                self._checkpoints,
+                evaluated,
+                self.columns,
+                self.study.tolerance.retries,
+            )
+            stamp = self._stamp(number, attempt, log)
+            selected = selection.run(rows, score, stamp=stamp, log=log)
+        record = self._record(number, attempt, log, validation, score)
+        if selected is not None:
+            record["selected"] = {"round": selected.round, "score": selected.score}
         record["seconds"] = round(time.monotonic() - started, 3)
-        return Ended(after, record, rows, found.by_rule, filed)
+        return Ended(after, record, rows, found.by_rule, filed, selected)
 
     def _attempt(
         self, server: Server, number: int, attempt: int, log: RoundLog
@@ -319,13 +344,10 @@ class Engine:
             logger.warning("the reply of site %s was refused: %s", site, why)
         return dict(accepted), dict(refused)
 
-    def _record(
-        self,
-        number: int,
-        attempt: int,
-        log: RoundLog,
-        rows: list[Mapping[str, Any]],
-    ) -> dict[str, Any]:
+    def _validated(
+        self, rows: list[Mapping[str, Any]]
+    ) -> tuple[dict[SiteId, float], float | None]:
+        """Give each site's validation score, and the round's, which selects."""
         validation: dict[SiteId, float] = {}
         for site in sorted({row["site"] for row in rows}):
             own = [r for r in rows if r["site"] == site and r["split"] == "validation"]
@@ -335,6 +357,16 @@ class Engine:
         held_out = set(self.study.split.held_out)
         values = [v for site, v in validation.items() if site not in held_out]
         known = [v for v in values if math.isfinite(v)]
+        return validation, sum(known) / len(known) if known else None
+
+    def _record(
+        self,
+        number: int,
+        attempt: int,
+        log: RoundLog,
+        validation: Mapping[SiteId, float],
+        score: float | None,
+    ) -> dict[str, Any]:
         return {
             "round": number,
             "seconds": 0.0,
@@ -346,8 +378,8 @@ class Engine:
             ),
             "refused": dict(sorted(log.refused.items())),
             "failed": dict(sorted(log.failed.items())),
-            "validation": validation or None,
-            "score": sum(known) / len(known) if known else None,
+            "validation": dict(validation) or None,
+            "score": score,
             "exchanges": log.exchanges,
             "retries": attempt,
             **({"not_shared": log.not_shared} if log.not_shared else {}),

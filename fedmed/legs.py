@@ -268,6 +268,8 @@ def content_hash(study: Study, data: str) -> str:
     plain = what_counts(study.to_dict())
     if not study.train.compile:
         del plain["train"]["compile"]  # the hash that comparisons before this key have
+    if not study.evaluate.selected:
+        del plain["evaluate"]["selected"]  # likewise
     strategy = load_strategy(study.strategy.name, study.strategy.options)
     # Options that were left out count with their defaults.
     plain["strategy"] = [study.strategy.name, asdict(strategy)]

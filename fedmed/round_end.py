@@ -17,6 +17,9 @@ from fedmed.study import Study
 
 logger = logging.getLogger(__name__)
 
+FINAL_SPLITS = ("validation", "test")
+"""What is evaluated after the last round."""
+
 
 @dataclass(frozen=True)
 class RoundEnd:
@@ -27,12 +30,15 @@ class RoundEnd:
         post: Writes to the sites.
         evaluated: Every real site that is evaluated, training or held out.
         columns: Columns of cases.csv.
+        best: The round that validation has picked so far, if the study wants it:
+            sites then do not delete what they kept after it.
     """
 
     study: Study
     post: Correspondence
     evaluated: tuple[SiteId, ...]
     columns: tuple[str, ...]
+    best: int | None = None
 
     def run(
         self, server: Server, stamp: Stamp, log: RoundLog, *, files: bool
@@ -69,6 +75,8 @@ class RoundEnd:
             "file": files,
             "weights": server.shared if splits else {},
         }
+        if self.best is not None:
+            content["best"] = self.best
         request = Exchange("end_round", tuple(targets), content)
         sent = post.messages(request, targets, stamp)
         needed = {*post.tokens, *owing}
@@ -87,7 +95,7 @@ class RoundEnd:
     def _splits(self, number: int) -> list[str]:
         """What is evaluated after a round."""
         if number == self.study.rounds:
-            return ["validation", "test"]
+            return list(FINAL_SPLITS)
         return [] if number % self.study.evaluate.every else ["validation"]
 
 

@@ -398,5 +398,20 @@ def _finish(
     by_rule = summarise_unseen(folder.unseen_file, kind, rounds=server.round)
     if by_rule:
         summary["unseen"] = by_rule
+    if study.evaluate.selected:
+        summary["selected"] = _summary_of_selected(folder, kind, study)
     folder.write_summary(summary)
     return RunResult(folder.path, summary)
+
+
+def _summary_of_selected(
+    folder: RunFolder, kind: str, study: Study
+) -> dict[str, Any] | None:
+    """Numbers of the round that validation picked; None if it could pick none."""
+    picked = folder.read_rounds()[-1]["selected"]
+    if picked["round"] is None:
+        return None
+    held_out = study.split.held_out
+    number = int(picked["round"])
+    numbers = summarise(folder.selected_file, kind, rounds=number, held_out=held_out)
+    return {"round": number, "score": picked["score"], **numbers}

@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "unseen.csv"
 
     @property
+    def selected_file(self) -> Path:
+        """As `cases_file`, of the round that validation picked; only if asked for."""
+        return self.path / "selected.csv"
+
+    @property
     def summary_file(self) -> Path:
         """Final metrics."""
         return self.path / "summary.json"
@@ -183,6 +188,13 @@ class RunFolder:
         if rows:
             _append_table(self.unseen_file, unseen_columns(columns), rows, sync=sync)
 
+    def write_selected(
+        self, columns: tuple[str, ...], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Write `selected.csv`, of the columns of `cases.csv`."""
+        text = _table(columns, rows, has_header=True)
+        write_atomic(self.selected_file, text.encode())
+
     def read_rounds(self) -> list[dict[str, Any]]:
         """Read the complete lines of `rounds.jsonl`."""
         if not self.rounds_file.exists():
@@ -208,6 +220,7 @@ class RunFolder:
                 # Without complete rows it must go, so that the header is rewritten.
                 content = "".join(lines[:1] + kept) if kept else ""
                 write_atomic(table, content.encode())
+        self.selected_file.unlink(missing_ok=True)
         self.summary_file.unlink(missing_ok=True)
         self.model_file.unlink(missing_ok=True)
 
@@ -293,13 +306,20 @@ def _append_table(
     *,
     sync: bool,
 ) -> None:
+    is_new = not path.exists() or path.stat().st_size == 0
+    _append(path, _table(columns, rows, has_header=is_new), sync=sync)
+
+
+def _table(
+    columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]], *, has_header: bool
+) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
-    if not path.exists() or path.stat().st_size == 0:
+    if has_header:
         writer.writeheader()
     for row in rows:
         writer.writerow({name: _cell(row.get(name)) for name in columns})
-    _append(path, buffer.getvalue(), sync=sync)
+    return buffer.getvalue()
 
 
 def _append(path: Path, text: str, *, sync: bool) -> None:

@@ -253,6 +253,9 @@ class EvaluateSection(Section):
         unseen: What a method with normalisation per site does at a held-out site. The
             first rule gives the result; others are reported beside it, in unseen.csv.
             All but "adabn" ask the training sites once for their normalisation.
+        selected: Report beside the last round, in selected.csv, the round that scored
+            best on the validation cases of the sites that trained. Every round that is
+            validated is then checkpointed too.
         profile: "strict", or "legacy": all three that follow, as the public code of
             several publications does; see `fedmed.profile`.
         skip_end_slices: Predict neither the first nor the last slice.
@@ -267,6 +270,7 @@ class EvaluateSection(Section):
     overlays: int = Field(3, ge=0, le=3)
     statistics: Literal["kept", "recalibrated"] = "kept"
     unseen: tuple[UnseenRule, ...] = Field(("adabn",), min_length=1)
+    selected: bool = False
     profile: Literal["strict", "legacy"] = "strict"
     skip_end_slices: bool | None = None
     oracle_slice_range: bool | None = None
@@ -279,8 +283,8 @@ class EvaluateSection(Section):
             raise ValueError(
                 "best_on_target picks the checkpoint by the scores that it reports, "
                 "which is selection on the test set: its numbers say nothing about "
-                "new patients. The last round is reported, and the best one by "
-                "validation at the sites that trained is kept"
+                "new patients. The last round is reported; evaluate.selected: true "
+                "adds the best one by validation at the sites that trained"
             )
         return given
 
@@ -316,7 +320,8 @@ class CheckpointSection(Section):
 
     Attributes:
         every: Rounds between checkpoints; the last round always has one. What comes
-            out does not depend on it, but only checkpointed rounds can be the best.
+            out does not depend on it, but the best round is kept only if it is among
+            them (it always is with evaluate.selected).
     """
 
     every: int = Field(1, ge=1)
@@ -373,6 +378,15 @@ class Study(Section):
         if not name.strip() or name.startswith(".") or {"/", "\\", "\0"} & {*name}:
             raise ValueError("must be usable as the name of a folder")
         return name
+
+    @model_validator(mode="after")
+    def _has_what_selects(self) -> Study:
+        if self.evaluate.selected and not (self.split.validation or self.split.file):
+            raise ValueError(
+                "evaluate.selected picks a round by validation cases, of which "
+                "split.validation: 0 leaves none"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML, JSON and other processes."""

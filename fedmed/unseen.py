@@ -36,15 +36,13 @@ from fedmed.message import Answer, Message, SiteFailure, SiteId, State
 from fedmed.partition import Entry, StatePartition, check_state
 from fedmed.payload import Normalisation, expect, from_message
 from fedmed.reduce import merge_states
-from fedmed.round_end import Columns, deliver_again, rows_of
+from fedmed.round_end import FINAL_SPLITS, Columns, deliver_again, rows_of
 from fedmed.site_cards import nearest_site
 from fedmed.strategy import Cohort, Exchange, Member, Server, Strategy
 from fedmed.study import Study, UnseenRule
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("validation", "test")
-"""What is evaluated at a held-out site; all of its cases are in the second."""
 AVERAGE = "average"
 """Name of a set that is nobody's own."""
 NEEDS_SETS = frozenset({"average", "average_adabn", "nearest", "ensemble"})
@@ -307,7 +305,7 @@ class Newcomers:
             return []
         sets = {site: self._sets(rule, site, shared, ended) for site in held_out}
         content = {
-            "splits": list(SPLITS),
+            "splits": list(FINAL_SPLITS),
             "overlays": rule == self.study.evaluate.unseen[0],
             "re_estimates": rule in RE_ESTIMATES,
             "weights": ended.server.shared,
@@ -318,7 +316,7 @@ class Newcomers:
         for site, answer in self._ask(request, ended).items():
             names = [*shared] if AVERAGE in sets[site] else [*sets[site]]
             extra = {"rule": rule, "sets_of": " ".join(sorted(names))}
-            columns = Columns(self.columns, SPLITS, ended.stamp.round)
+            columns = Columns(self.columns, FINAL_SPLITS, ended.stamp.round)
             rows += [{**row, **extra} for row in rows_of(site, answer, columns, log)]
         return rows
 

@@ -200,6 +200,8 @@ class Host:
             return self._join(message)
         if message.kind == "end_round":
             return self._end_round(message)
+        if message.kind == "evaluate_selected":
+            return self._evaluate_selected(message)
         if message.kind == "share_normalisation":
             return self._share_normalisation(message)
         if message.kind == "evaluate_newcomer":
@@ -262,6 +264,8 @@ class Host:
         private = self._private(message)
         content = arguments(message)
         files = bool(content.get("file", True))
+        if content.get("best") is not None:
+            self._store.select(int(content["best"]))  # before newer ones push it out
         if message.header["after"] and (private.states or private.facts):
             self._store.commit(number, private, durable=files)
         elif files:
@@ -272,6 +276,18 @@ class Host:
             weights=content["weights"],
             splits=tuple(content["splits"]),
             overlays=self._folder / "overlays" if content["overlays"] else None,
+            name=self._name_outside,
+        )
+        return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))
+
+    def _evaluate_selected(self, message: Message) -> Metrics:
+        """Score the network of an earlier round, with what the site kept then."""
+        content = arguments(message)
+        rows = evaluate(
+            self._bench,
+            self._store.selected(int(content["selected"])),
+            weights=content["weights"],
+            splits=tuple(content["splits"]),
             name=self._name_outside,
         )
         return Metrics(num_examples=self._bench.num_examples, rows=tuple(rows))

@@ -10,10 +10,12 @@ at any instant all find the state they need.
         round-000007.safetensors               0600, version 7
         stage-000012-<hash of token>.safetensors     (durable hosts only)
         unfiled-000008.safetensors                   (durable hosts only)
+        selected-000004.safetensors            0600, the state after round 4
 
 Versions are filed in the rounds that the server checkpoints too. Between them the
 newest one is unfiled: in memory, or (durable hosts) in a file that is not forced to
-disk. A site that keeps nothing has no folder.
+disk. The state after the round that validation picks stays when versions of its age
+go. A site that keeps nothing has no folder.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from fedmed.strategy import Private
 
 _VERSION = re.compile(r"round-(\d{6,})\.safetensors")
 _UNFILED = re.compile(r"unfiled-(\d{6,})\.safetensors")
+_SELECTED = re.compile(r"selected-(\d{6,})\.safetensors")
 _STAGE = re.compile(r"stage-(\d{6,})-([0-9a-f]{16})\.safetensors")
 _KEPT_STAGES = 2
 """The answer the server may go on from, and the newer one it may never have got."""
@@ -73,6 +76,7 @@ class PrivateStore:
         self._newest: tuple[int, Private] | None = None
         self._unfiled: tuple[int, Private] | None = None
         self._versions: tuple[int, ...] | None = None
+        self._first_round: int | None = None
         self._is_made = folder.is_dir()
         with storage_errors(folder.name):
             if self._is_made:
@@ -209,8 +213,7 @@ class PrivateStore:
             self._commit_unfiled(number, private)
             return
         known = self.versions()
-        earlier = [version for version in known if version < number]
-        header = {"round": number, "previous": earlier[-1] if earlier else None}
+        header = {"round": number, "first": self._first(number)}
         self._write(self._version_path(number), header, private, sync=True)
         self._newest = None if self._durable else (number, _copy(private))
         known = tuple(sorted({*known, number}))
@@ -230,11 +233,46 @@ class PrivateStore:
         if number:
             self.commit(number, self._load_unfiled(number))
 
+    def select(self, number: int) -> None:
+        """Keep the state after a round, and no longer the one selected before.
+
+        Args:
+            number: The round; its version is filed, and among the newest.
+
+        Raises:
+            StorageError: If it cannot be written, or is no longer there.
+        """
+        known = self._listed(_SELECTED)
+        if number in known:
+            return
+        private = self.load(number)
+        if private is None:
+            return  # nothing was kept so far
+        header = {"round": number}
+        self._write(self._selected_path(number), header, private, sync=True)
+        with storage_errors(self._folder.name):
+            for old in known:
+                self._selected_path(old).unlink(missing_ok=True)
+
+    def selected(self, number: int) -> Private:
+        """Give the state after a round that was selected; empty if there was none.
+
+        Raises:
+            StorageError: If the file is damaged, or the round was not selected and is
+                too old.
+        """
+        if number not in self._listed(_SELECTED):
+            return self.load(number) or Private()
+        private, header = self._read(self._selected_path(number))
+        if header["round"] != number:
+            raise StorageError(f"what was selected of round {number} is of another")
+        return private
+
     def _commit_unfiled(self, number: int, private: Private) -> None:
         if not self._durable:
             self._unfiled, self._newest = (number, _copy(private)), None
             return
-        header = {"round": number, "previous": None}
+        header = {"round": number}
         self._write(self._unfiled_path(number), header, private, sync=False)
         self._forget_unfiled(number - 1)
 
@@ -262,24 +300,28 @@ class PrivateStore:
         """Forget every stage, and every version newer than a round.
 
         Raises:
-            StorageError: If a file cannot be deleted.
+            StorageError: If a file cannot be deleted; or if something was kept up to
+                that round and is no longer there, in which case all stays.
         """
         self._stages.clear()
-        self._newest = self._versions = None
+        self._newest = self._versions = self._first_round = None
         if self._unfiled is not None and self._unfiled[0] > number:
             self._unfiled = None
         if not self._folder.is_dir():
             return
+        self._require(number)
         with storage_errors(self._folder.name):
             gone = self._stage_paths()
             gone += [self._version_path(v) for v in self.versions() if v > number]
             newer = (n for n in self._listed(_UNFILED) if n > number)
             gone += [self._unfiled_path(n) for n in newer]
+            chosen = (n for n in self._listed(_SELECTED) if n > number)
+            gone += [self._selected_path(n) for n in chosen]
             for path in gone:
                 path.unlink(missing_ok=True)
             if gone:
                 sync_folder(self._folder)
-        self._versions = None
+        self._versions = self._first_round = None
 
     def _listed(self, pattern: re.Pattern[str]) -> tuple[int, ...]:
         try:
@@ -306,12 +348,38 @@ class PrivateStore:
         versions = self.versions()
         if not versions:
             return
-        _, header = self._read(self._version_path(versions[0]))
-        if header["previous"] is not None and header["previous"] <= version:
+        if self._first(versions[0]) <= version:
             raise StorageError(
                 f"private version {version} is gone; the oldest is {versions[0]}",
                 hint="Resume from a newer checkpoint, or start the run anew.",
             )
+
+    def _first(self, number: int) -> int:
+        """First round after which anything was kept, as versions on disk know it.
+
+        Args:
+            number: A version; itself the first if there is none before it.
+        """
+        earlier = [v for v in self.versions() if v <= number]
+        if not earlier:
+            return number
+        if self._first_round is None:
+            _, header = self._read(self._version_path(earlier[0]))
+            self._first_round = int(header.get("first", earlier[0]))
+        return self._first_round
+
+    def _require(self, number: int) -> None:
+        """Make sure that the state after a round is there; if selected, make it so."""
+        known = (self._unfiled_number() or number + 1, *self.versions())
+        if any(version <= number for version in known):
+            return
+        if number not in self._listed(_SELECTED):
+            self._refuse_if_pruned(number)
+            return
+        first = self._first(self.versions()[0]) if self.versions() else number
+        header = {"round": number, "first": first}
+        path = self._version_path(number)
+        self._write(path, header, self.selected(number), sync=True)
 
     def _write(
         self, path: Path, header: Mapping[str, Any], private: Private, *, sync: bool
@@ -337,6 +405,9 @@ class PrivateStore:
 
     def _unfiled_path(self, number: int) -> Path:
         return self._folder / f"unfiled-{number:06d}.safetensors"
+
+    def _selected_path(self, number: int) -> Path:
+        return self._folder / f"selected-{number:06d}.safetensors"
 
 
 def _copy(private: Private) -> Private:

@@ -15,6 +15,7 @@ from fedmed.report.overlays import CLASS_COLOURS, PREDICTION_COLOUR, TRUTH_COLOU
 from fedmed.report.panels import case_panels, curve_panels, galleries
 from fedmed.report.published import side_by_side
 from fedmed.report.run_folder import Comparison, read_comparison
+from fedmed.report.selected import selected_table
 from fedmed.report.significance import choose_reference, paired_tests
 from fedmed.report.tables import Table, make_table
 from fedmed.report.template import PAGE
@@ -105,6 +106,7 @@ def _results(comparison: Comparison, table: Table) -> dict[str, Any]:
         "classes": result_grids.classes_grid(comparison, table),
         "unseen": unseen_table(comparison),
         "statistics": statistics_note(comparison),
+        "selected": selected_table(comparison),
         "reference": reference,
         "tests": result_grids.tests_grid(overall, reference or "", by_site=False),
         "site_tests": result_grids.tests_grid(by_site, reference or "", by_site=True),

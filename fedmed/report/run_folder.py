@@ -22,6 +22,7 @@ LOCK_FILE = "study.lock.yaml"
 ROUNDS_FILE = "rounds.jsonl"
 CASES_FILE = "cases.csv"
 UNSEEN_FILE = "unseen.csv"
+SELECTED_FILE = "selected.csv"
 SUMMARY_FILE = "summary.json"
 COMPARE_FILE = "compare.json"
 
@@ -43,6 +44,8 @@ class Run:
         overlay_files: Site -> files with a slice, its truth and its prediction.
         notes: What was not there, in sentences for the reader.
         unseen: Rows of `unseen.csv`: held-out sites by rule.
+        selected: As `cases`, of the round that validation picked; empty if the study
+            does not ask for it.
     """
 
     label: str
@@ -54,6 +57,7 @@ class Run:
     overlay_files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unseen: tuple[Mapping[str, str], ...] = ()
+    selected: tuple[Mapping[str, str], ...] = ()
 
     @property
     def strategy(self) -> str:
@@ -223,6 +227,7 @@ def read_run(folder: Path) -> Run:
         overlays,
         tuple(notes),
         _read_unseen(folder / UNSEEN_FILE),
+        _read_selected(folder / SELECTED_FILE),
     )
 
 
@@ -342,6 +347,16 @@ def _read_cases(
     if not path.is_file():
         notes.append(f"There is no {CASES_FILE}: results come from {SUMMARY_FILE}.")
         return (), {}
+    return _read_table(path)
+
+
+def _read_selected(path: Path) -> tuple[Mapping[str, str], ...]:
+    return _read_table(path)[0] if path.is_file() else ()
+
+
+def _read_table(
+    path: Path,
+) -> tuple[tuple[Mapping[str, str], ...], Mapping[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         needed = {"round", "split", "site", "case_id"}

@@ -102,6 +102,12 @@ missed count all seeds.</p>
 {% for note in unseen.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 {% endif %}
+{% if selected %}
+<h3>The round that validation picks</h3>
+{{ grid(selected.grid) }}
+{% for note in selected.notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% endif %}
 {% if transfer %}
 <h3>Trained on one site, tested on each</h3>
 {{ grid(transfer) }}

@@ -18,19 +18,20 @@ import pytest
 
 STUDY = """\
 name: equal
-rounds: 2
+rounds: 3
 sites: {dataset: spinal_gm, root: "${FEDMED_DATA}", include: [ceitec, milan, ucl]}
-split: {by: slices, train: 0.6, validation: 0.0, test: 0.4, held_out: [ucl]}
+split: {by: slices, train: 0.4, validation: 0.2, test: 0.4, held_out: [ucl]}
 preprocess: {spacing_mm: [1.0, 1.0], size: [48, 48]}
 model: {name: unet, base_width: 4, levels: 3, norm: batch}
-train: {batch_size: 4, local_steps: 2, optimizer: {name: adam, lr: 3.0e-3}}
+train: {batch_size: 4, local_steps: 2, optimizer: {name: adam, lr: 0.1}}
 strategy: {name: fedbn, sync: round}
 evaluate:
   overlays: 0
   statistics: recalibrated
+  selected: true
   unseen: [average, adabn, ensemble]
 """
-FILES = ("model.safetensors", "cases.csv", "unseen.csv")
+FILES = ("model.safetensors", "cases.csv", "unseen.csv", "selected.csv")
 
 pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 

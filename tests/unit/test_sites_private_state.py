@@ -293,3 +293,99 @@ def die_before_rename(nth: int) -> None:
         real(source, target)
 
     os.replace = counted  # type: ignore[assignment]
+
+
+def test_what_is_selected_stays(store: PrivateStore) -> None:
+    for number in range(1, 4):
+        run_round(store, number)
+    store.select(2)
+    for number in range(4, 9):
+        run_round(store, number)
+        store.select(2)  # said again every round
+    for one in (store, reopened(store)):
+        assert value(one.selected(2)) == 2.0
+        assert value(one.selected(7)) == 7.0  # never selected, but new enough
+        with pytest.raises(StorageError, match="version 3 is gone"):
+            one.selected(3)
+    store.select(8)
+    run_round(store, 9)
+    assert value(store.selected(8)) == 8.0
+    with pytest.raises(StorageError, match="is gone"):
+        store.selected(2)
+
+
+def test_of_a_round_without_anything_new_the_state_before_is_selected(
+    store: PrivateStore,
+) -> None:
+    run_round(store, 1)
+    store.select(3)
+    for number in range(4, 9):
+        run_round(store, number)
+    assert value(store.selected(3)) == 1.0
+
+
+def test_where_nothing_was_kept_nothing_is_selected(store: PrivateStore) -> None:
+    store.select(1)
+    assert store.selected(1) == Private()
+    run_round(store, 2)
+    assert store.selected(1) == Private()
+
+
+def test_what_was_selected_of_rounds_taken_back_is_forgotten(
+    store: PrivateStore,
+) -> None:
+    for number in (1, 2, 3):
+        run_round(store, number)
+    store.select(2)
+    store.select(3)
+    store.discard_after(2)
+    assert value(store.selected(2)) == 2.0
+    assert not [*store._folder.glob("selected-*")]
+
+
+def test_a_damaged_selection_is_named(store: PrivateStore) -> None:
+    run_round(store, 1)
+    store.select(1)
+    (file,) = store._folder.glob("selected-*")
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_bytes(b"damaged")
+    with pytest.raises(StorageError):
+        store.selected(1)
+
+
+def test_a_server_may_go_back_to_what_was_selected(store: PrivateStore) -> None:
+    """Both newer checkpoints are damaged: the best one is all that is left."""
+    for number in (1, 2, 3):
+        run_round(store, number)
+    store.select(2)
+    for number in range(4, 9):
+        run_round(store, number)
+    again = reopened(store)
+    again.discard_after(2)
+    assert value(again.committed(2)) == 2.0
+    assert again.versions() == (2,)
+    for number in range(3, 8):
+        run_round(again, number)
+    with pytest.raises(StorageError, match="version 1 is gone"):
+        again.load(1)
+
+
+def test_a_server_that_goes_back_too_far_is_told_and_nothing_is_lost(
+    store: PrivateStore,
+) -> None:
+    for number in range(1, 9):
+        run_round(store, number)
+    for one in (store, reopened(store)):
+        with pytest.raises(StorageError, match="version 3 is gone; the oldest is 6"):
+            one.discard_after(3)
+        assert value(one.load(8)) == 8.0
+    store.discard_after(0)  # from the start
+    assert store.versions() == ()
+
+
+def test_a_site_that_began_later_has_nothing_to_lose(store: PrivateStore) -> None:
+    for number in range(5, 9):
+        run_round(store, number)
+    assert store.load(4) is None
+    store.discard_after(4)
+    assert store.committed(4) == Private()

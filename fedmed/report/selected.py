@@ -1,0 +1,94 @@
+"""The rounds that validation picked, beside the last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fedmed.report.grid import Box, Grid
+from fedmed.report.rows import Row, make_rows, row_label
+from fedmed.report.run_folder import Comparison, Entry
+from fedmed.report.tables import percent_with_spread
+from fedmed.report.wording import NO_VALUE, count, listing, signed_points
+
+
+@dataclass(frozen=True)
+class SelectedTable:
+    """Results of the picked rounds.
+
+    Attributes:
+        grid: One row a strategy, one column a site.
+        notes: How rounds were picked.
+    """
+
+    grid: Grid
+    notes: tuple[str, ...]
+
+
+def selected_table(comparison: Comparison) -> SelectedTable | None:
+    """Lay out the results of the rounds that validation picked.
+
+    Args:
+        comparison: One run or several.
+
+    Returns:
+        The table; None if no study asked for it, or no round could be picked.
+    """
+    chosen = tuple(entry for entry in comparison.entries if entry.run.selected)
+    if not chosen:
+        return None
+    # Both columns must be of the same runs.
+    last = {row.label: row for row in make_rows(replace(comparison, entries=chosen))}
+    picked = tuple(
+        replace(entry, run=replace(entry.run, cases=entry.run.selected))
+        for entry in chosen
+    )
+    rows = make_rows(replace(comparison, entries=picked))
+    sites = sorted({site for row in rows for site in row.cells})
+    is_classified = comparison.kind == "classification"
+    score = "Balanced accuracy" if is_classified else "Dice"
+    header = (
+        "Strategy",
+        "Rounds picked",
+        *sites,
+        "Overall",
+        "Against the last, points",
+    )
+    lines = [
+        (
+            Box(row.label),
+            Box(_rounds([entry for entry in chosen if _is_of(entry, row)])),
+            *(Box(percent_with_spread(row.cells.get(site))) for site in sites),
+            Box(percent_with_spread(row.overall)),
+            Box(_gain(row, last.get(row.label))),
+        )
+        for row in rows
+    ]
+    caption = f"The round that validation picks: {score} in per cent"
+    notes = (
+        "Picked: the round with the highest mean over the sites that trained, on their "
+        "validation cases. A hospital held out has no say, nor has any test case.",
+    )
+    return SelectedTable(Grid(caption, header, tuple(lines), num_text=2), notes)
+
+
+def _is_of(entry: Entry, row: Row) -> bool:
+    return row_label(entry) == row.label
+
+
+def _rounds(entries: Sequence[Entry]) -> str:
+    """Say how often which round was picked."""
+    found: dict[int, int] = {}
+    for entry in entries:
+        number = int(entry.run.selected[0]["round"])
+        found[number] = found.get(number, 0) + 1
+    if len(entries) == 1:
+        return str(next(iter(found)))
+    words = [f"{n} ({count(found[n], 'run')})" for n in sorted(found)]
+    return listing(words)
+
+
+def _gain(row: Row, last: Row | None) -> str:
+    if last is None or last.overall_sites != row.overall_sites:
+        return NO_VALUE
+    return signed_points(row.overall.mean - last.overall.mean)
