@@ -64,7 +64,7 @@ def selected_table(comparison: Comparison) -> SelectedTable | None:
         )
         for row in rows
     ]
-    caption = f"The round that validation picks: {score} in per cent"
+    caption = f"{score} in per cent, test cases, in the rounds picked"
     notes = (
         "Picked: the round with the highest mean over the sites that trained, on their "
         "validation cases. A hospital held out has no say, nor has any test case.",
