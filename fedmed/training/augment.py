@@ -1,7 +1,8 @@
 """Random changes of one training example, each a function of a seed.
 
-Everything is off by default. Flips, rotation and zoom move image and label together
-(the label by its nearest voxel); gamma, brightness and noise change the image alone.
+Everything is off by default. Flips, shifts, rotation and zoom move image and label
+together (the label by its nearest voxel); gamma, brightness and noise change the image
+alone.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ class Augmentation:
             [0, 1], to a power of 1/1.3 to 1.3, log-uniform, and scales it back.
         brightness: Largest value added either way, in units of the image.
         noise_std: Largest standard deviation of white noise, in units of the image.
+        shift_voxels: Farthest move either way along I and along J, whole voxels.
 
     Raises:
-        ConfigError: If a number is no number, negative or not finite, or an axis is
-            unknown.
+        ConfigError: If a number is no number, negative or not finite, a shift is not
+            whole, or an axis is unknown.
     """
 
     flip_axes: str = ""
@@ -48,15 +50,22 @@ class Augmentation:
     gamma: float | int = 0.0
     brightness: float | int = 0.0
     noise_std: float | int = 0.0
+    shift_voxels: float | int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rotate_deg", "scale", "gamma", "brightness", "noise_std"):
-            value = getattr(self, name)
-            if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        for name, value in vars(self).items():
+            if name != "flip_axes" and not (
+                _is_number(value) and math.isfinite(value) and value >= 0
+            ):
                 raise ConfigError(
                     f"train.augmentation.{name} is {value!r}; "
                     "expected a number of at least 0"
                 )
+        if self.shift_voxels != int(self.shift_voxels):
+            raise ConfigError(
+                f"train.augmentation.shift_voxels is {self.shift_voxels!r}; "
+                "expected a whole number"
+            )
         axes = self.flip_axes
         if not (isinstance(axes, str) and set(axes) <= set(AXES)):
             raise ConfigError(
@@ -105,6 +114,7 @@ def augment(
         image's border value and the label `UNKNOWN_LABEL`.
     """
     image, label = _flip(image, label, augmentation, seed)
+    image, label = _shift(image, label, augmentation, seed)
     image, label = _rotate_and_scale(image, label, augmentation, seed)
     image = _gamma(image, augmentation, seed)
     if augmentation.brightness:
@@ -131,6 +141,24 @@ def _flip(
     if not axes:
         return image, label
     return image.flip([axis + 1 for axis in axes]), label.flip(axes)
+
+
+def _shift(
+    image: Tensor, label: Tensor, augmentation: Augmentation, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Move image and label by the same draw; they are one example."""
+    farthest = int(augmentation.shift_voxels)
+    if not farthest:
+        return image, label
+    moves = numpy_rng(seed, "shift").integers(-farthest, farthest, 2, endpoint=True)
+    for axis, move in enumerate(moves.tolist()):
+        size = label.shape[axis]
+        source = torch.arange(size) - move
+        inside = source.clamp(0, size - 1)
+        image = image.index_select(axis + 1, inside)
+        label = label.index_select(axis, inside)
+        label.index_fill_(axis, torch.nonzero(source != inside)[:, 0], UNKNOWN_LABEL)
+    return image, label
 
 
 def _rotate_and_scale(

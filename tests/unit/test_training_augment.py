@@ -31,7 +31,7 @@ def test_by_default_nothing_changes(shape):
 def test_shape_and_dtype_stay_and_arguments_are_untouched(shape):
     image, label = example(shape)
     kept = image.clone(), label.clone()
-    everything = Augmentation("IJK", 20.0, 0.2, 0.5, 0.3, 0.1)
+    everything = Augmentation("IJK", 20.0, 0.2, 0.5, 0.3, 0.1, 2)
     new_image, new_label = augment(image, label, everything, seed=3)
     assert new_image.shape == image.shape
     assert new_label.shape == label.shape
@@ -66,6 +66,44 @@ def test_axis_k_of_a_slice_does_not_exist():
         assert torch.equal(
             augment(image, label, Augmentation("K"), seed=seed)[0], image
         )
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3)])
+def test_a_shift_moves_image_and_label_by_the_same_voxels(shape):
+    """Every move is drawn; what comes from outside has no label."""
+    image, label = example(shape)
+    seen = set()
+    for seed in range(150):
+        new_image, new_label = augment(
+            image, label, Augmentation(shift_voxels=2), seed=seed
+        )
+        matches = []
+        for di in range(-2, 3):
+            for dj in range(-2, 3):
+                i = (torch.arange(9) - di).clamp(0, 8)
+                j = (torch.arange(8) - dj).clamp(0, 7)
+                if torch.equal(new_image, image[:, i][:, :, j]):
+                    matches.append((di, dj))
+        ((di, dj),) = matches
+        seen.add((di, dj))
+        inner_i = slice(max(di, 0), 9 + min(di, 0))
+        inner_j = slice(max(dj, 0), 8 + min(dj, 0))
+        expected = torch.full_like(label, 255)
+        expected[inner_i, inner_j] = torch.roll(label, (di, dj), (0, 1))[
+            inner_i, inner_j
+        ]
+        assert torch.equal(new_label, expected)
+    assert len(seen) == 25
+
+
+def test_a_shift_beyond_the_image_leaves_no_label():
+    image, label = example((4, 5))
+    for seed in range(20):
+        new_image, new_label = augment(
+            image, label, Augmentation(shift_voxels=50), seed=seed
+        )
+        assert new_image.shape == image.shape
+        assert set(new_label.unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
 def test_a_quarter_turn_is_exact():
@@ -191,6 +229,8 @@ def test_one_change_does_not_shift_the_draws_of_another():
         {"gamma": float("nan")},
         {"noise_std": True},
         {"flip_axes": "X"},
+        {"shift_voxels": 1.5},
+        {"shift_voxels": -1},
     ],
 )
 def test_impossible_options_are_refused(options):
