@@ -29,6 +29,9 @@ Tree = Mapping[str, Any]
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
 
+Score = tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was saved after one round.
@@ -37,13 +40,14 @@ class Checkpoint:
         round: Number of the round; 0 is the state before training.
         states: The nested tensors, as dictionaries.
         facts: The JSON facts.
-        score: The round's score, larger is better; None if it had none.
+        score: The round's score, larger is better, the first number counting first;
+            None if it had none.
     """
 
     round: int
     states: dict[str, Any]
     facts: dict[str, Any]
-    score: float | None = None
+    score: Score | None = None
 
 
 class Checkpoints:
@@ -57,7 +61,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder = folder
         self._keep = keep
-        self._known_scores: dict[int, float | None] = {}
+        self._known_scores: dict[int, Score | None] = {}
         with storage_errors(folder.name):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
@@ -76,7 +80,7 @@ class Checkpoints:
         states: Tree,
         facts: Any = None,
         *,
-        score: float | None = None,
+        score: Score | None = None,
     ) -> Path:
         """Save a round; older ones that are no longer needed are deleted afterwards.
 
@@ -84,7 +88,8 @@ class Checkpoints:
             number: The round.
             states: Tensors in nested mappings; names may hold any characters.
             facts: A JSON object; floats come back exactly, NaN and infinities too.
-            score: Larger is better; None or NaN never is the best.
+            score: Larger is better, the first number counting first; None or NaN never
+                is the best.
 
         Returns:
             The file.
@@ -93,9 +98,9 @@ class Checkpoints:
             StorageError: If it cannot be written; the previous checkpoint is intact.
         """
         path = self._path(number)
-        header = {"round": number, "score": None if score is None else float(score)}
+        header = {"round": number, "score": None if score is None else [*score]}
         write_tree(path, states, {"header": header, "facts": facts or {}})
-        self._known_scores[number] = header["score"]
+        self._known_scores[number] = score
         self._prune(self._scores())
         return path
 
@@ -109,8 +114,10 @@ class Checkpoints:
         header = content["header"]
         if header["round"] != number:
             raise StorageError(f"checkpoint of round {number} holds another round")
-        self._known_scores[number] = header["score"]
-        return Checkpoint(number, states, content["facts"], header["score"])
+        found = header["score"]
+        score = tuple(found) if isinstance(found, list) else None
+        self._known_scores[number] = score
+        return Checkpoint(number, states, content["facts"], score)
 
     def load_newest(self) -> tuple[Checkpoint | None, tuple[int, ...]]:
         """Read the newest round that is undamaged.
@@ -144,7 +151,7 @@ class Checkpoints:
     def _path(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.safetensors"
 
-    def _scores(self) -> dict[int, float | None]:
+    def _scores(self) -> dict[int, Score | None]:
         """Scores of the rounds on disk; none that was saved or loaded is opened."""
         rounds = self.rounds()
         for number in set(rounds) - set(self._known_scores):
@@ -154,24 +161,24 @@ class Checkpoints:
                 self._known_scores[number] = None
         return {number: self._known_scores[number] for number in rounds}
 
-    def _prune(self, scores: Mapping[int, float | None]) -> None:
+    def _prune(self, scores: Mapping[int, Score | None]) -> None:
         wanted = {*sorted(scores)[-self._keep :], best_round(scores)}
         with storage_errors(self._folder.name):
             for number in set(scores) - wanted:
                 self._path(number).unlink(missing_ok=True)
 
 
-def best_round(scores: Mapping[int, float | None]) -> int | None:
+def best_round(scores: Mapping[int, Score | None]) -> int | None:
     """Name the round with the largest score, the earliest of equals.
 
     Example:
-        >>> best_round({1: 0.5, 2: 0.7, 3: 0.7, 4: None, 5: float("nan")})
+        >>> best_round({1: (0.5,), 2: (0.7,), 3: (0.7,), 4: None, 5: (float("nan"),)})
         2
     """
     known = {
         number: score
         for number, score in sorted(scores.items())
-        if score is not None and not math.isnan(score)
+        if score is not None and not any(map(math.isnan, score))
     }
     return max(known, key=lambda number: known[number]) if known else None
 

@@ -24,7 +24,7 @@ from fedmed.participation import draw
 from fedmed.replies import Replies
 from fedmed.round_end import RoundEnd
 from fedmed.runfolder import Observer, RunFolder
-from fedmed.selection import Selected, Selection
+from fedmed.selection import Best, Selected, Selection, Standing, better
 from fedmed.strategy import (
     Cohort,
     Exchange,
@@ -53,6 +53,7 @@ class Ended:
         record: Its line in rounds.jsonl.
         rows: Its rows in cases.csv.
         unseen: Its rows in unseen.csv.
+        standing: How it did on validation cases, if it was validated.
         selected: After the last round, rows of selected.csv, if the study wants them.
         filed: Whether the sites filed what they keep, so that it can be checkpointed.
     """
@@ -62,6 +63,7 @@ class Ended:
     rows: list[Mapping[str, Any]]
     unseen: list[Mapping[str, Any]]
     filed: bool
+    standing: Standing | None = None
     selected: Selected | None = None
 
 
@@ -102,17 +104,19 @@ class Engine:
     public: Member | None = None
     usual_norms: dict[str, UsualNorms] = field(default_factory=dict)
     _first_steps: list[int] = field(default_factory=lambda: [0])
+    _best: Best | None = None
 
     def __post_init__(self) -> None:
         """Open the correspondence with the sites, and the checkpoints."""
         self._post = Correspondence(self.transport, self.study.tolerance.timeout_s)
         self._checkpoints = self.checkpoints or Checkpoints(self.folder.checkpoints)
 
-    def run(self, server: Server, best: float | None = None) -> tuple[Server, bool]:
+    def run(self, server: Server, best: Best | None = None) -> tuple[Server, bool]:
         """Run all rounds after `server.round`; returns the server and "finished"."""
+        self._best = best
         checkpoints = self._checkpoints
         if server.round == 0 and checkpoints.is_empty():
-            self._save(checkpoints, server, None)
+            self._save(checkpoints, server)
         is_saved = True
         while server.round < self.study.rounds:
             if is_saved and self.should_stop():
@@ -125,24 +129,18 @@ class Engine:
                 self.folder.write_selected(self.columns, ended.selected.rows)
             self.folder.append_round(ended.record, sync=is_saved)
             if is_saved:
-                value = ended.record["score"]
-                is_best = value is not None and (best is None or value > best)
-                best = value if is_best else best
-                self._save(checkpoints, server, best, is_best=is_best)
+                self._best = better(self._best, server.round, ended.standing)
+                self._save(checkpoints, server)
             self.observer.round_finished(ended.record)
         return server, True
 
-    def _save(
-        self,
-        checkpoints: Checkpoints,
-        server: Server,
-        best: float | None,
-        *,
-        is_best: bool = False,
-    ) -> None:
+    def _save(self, checkpoints: Checkpoints, server: Server) -> None:
         states = {"shared": server.shared, "memory": server.memory}
-        facts = {"best": best, "usual_norms": self.usual_norms}
-        checkpoints.save(server.round, states, facts, score=best if is_best else None)
+        best, score = self._best, None
+        if best is not None and best.round == server.round:
+            score = (float(best.standing.num_sites), best.standing.score)
+        facts = {"best": best.fact if best else None, "usual_norms": self.usual_norms}
+        checkpoints.save(server.round, states, facts, score=score)
 
     def _files(self, number: int) -> bool:
         """Whether a round is checkpointed: by its number, or because it is the last."""
@@ -188,28 +186,30 @@ class Engine:
         apart = newcomers.apart(after, number)
         evaluated = tuple(site for site in self.evaluated if site not in apart)
         selects = self.study.evaluate.selected
-        best = self._checkpoints.best() if selects else None
+        best = self._best.round if selects and self._best else None
         ending = RoundEnd(self.study, self._post, evaluated, self.columns, best)
         rows = ending.run(after, stamp, log, files=filed)
         found = newcomers.run(after, stamp, log)
         rows = sorted([*rows, *found.result], key=lambda row: str(row["site"]))
-        validation, score = self._validated(rows)
+        validation, standing = self._validated(rows)
         selected = None
         if selects and number == self.study.rounds:
             selection = Selection(
                 self._post,
                 self._checkpoints,
-                evaluated,
+                self.evaluated,
                 self.columns,
                 self.study.tolerance.retries,
             )
+            picked = better(self._best, number, standing)
             stamp = self._stamp(number, attempt, log)
-            selected = selection.run(rows, score, stamp=stamp, log=log)
+            selected = selection.run(picked, rows, stamp=stamp, log=log)
+        score = standing.score if standing else None
         record = self._record(number, attempt, log, validation, score)
         if selected is not None:
-            record["selected"] = {"round": selected.round, "score": selected.score}
+            record["selected"] = selected.record
         record["seconds"] = round(time.monotonic() - started, 3)
-        return Ended(after, record, rows, found.by_rule, filed, selected)
+        return Ended(after, record, rows, found.by_rule, filed, standing, selected)
 
     def _attempt(
         self, server: Server, number: int, attempt: int, log: RoundLog
@@ -346,7 +346,7 @@ class Engine:
 
     def _validated(
         self, rows: list[Mapping[str, Any]]
-    ) -> tuple[dict[SiteId, float], float | None]:
+    ) -> tuple[dict[SiteId, float], Standing | None]:
         """Give each site's validation score, and the round's, which selects."""
         validation: dict[SiteId, float] = {}
         for site in sorted({row["site"] for row in rows}):
@@ -357,7 +357,9 @@ class Engine:
         held_out = set(self.study.split.held_out)
         values = [v for site, v in validation.items() if site not in held_out]
         known = [v for v in values if math.isfinite(v)]
-        return validation, sum(known) / len(known) if known else None
+        if not known:
+            return validation, None
+        return validation, Standing(len(known), sum(known) / len(known))
 
     def _record(
         self,

@@ -39,6 +39,7 @@ from fedmed.runfolder import (
     Observer,
     RunFolder,
 )
+from fedmed.selection import Best
 from fedmed.storage import RunLock, remove_leftovers, write_atomic, write_state
 from fedmed.strategy import POOLED_SITE, Server, Strategy
 from fedmed.study import Study
@@ -268,7 +269,8 @@ def drive(
     server = strategy.initial(fresh_server(study, joined.task, strategy))
     best, usual_norms = None, {}
     if checkpoint is not None:
-        server, best = restored(server, checkpoint), checkpoint.facts.get("best")
+        server = restored(server, checkpoint)
+        best = Best.read(checkpoint.facts.get("best"))
         usual_norms = checkpoint.facts.get("usual_norms", {})
     folder.write_lock(lock_content(study, strategy, joined))
     folder.cut_back(at_round)
@@ -414,4 +416,6 @@ def _summary_of_selected(
     held_out = study.split.held_out
     number = int(picked["round"])
     numbers = summarise(folder.selected_file, kind, rounds=number, held_out=held_out)
-    return {"round": number, "score": picked["score"], **numbers}
+    missing = picked.get("missing", {})
+    score = picked["score"]
+    return {"round": number, "score": score, **numbers, "missing": missing}

@@ -220,7 +220,8 @@ class RunFolder:
                 # Without complete rows it must go, so that the header is rewritten.
                 content = "".join(lines[:1] + kept) if kept else ""
                 write_atomic(table, content.encode())
-        self.selected_file.unlink(missing_ok=True)
+        if not (rounds and rounds[-1].get("selected")):
+            self.selected_file.unlink(missing_ok=True)
         self.summary_file.unlink(missing_ok=True)
         self.model_file.unlink(missing_ok=True)
 

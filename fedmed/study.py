@@ -386,6 +386,13 @@ class Study(Section):
                 "evaluate.selected picks a round by validation cases, of which "
                 "split.validation: 0 leaves none"
             )
+        others = self.evaluate.unseen[0] != "adabn" and self.split.held_out
+        if self.evaluate.selected and others:
+            raise ValueError(
+                "evaluate.selected has no normalisation of other hospitals for one "
+                "held out, as sites do not share that of earlier rounds; name adabn "
+                "first in evaluate.unseen"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

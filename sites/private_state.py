@@ -11,6 +11,7 @@ at any instant all find the state they need.
         stage-000012-<hash of token>.safetensors     (durable hosts only)
         unfiled-000008.safetensors                   (durable hosts only)
         selected-000004.safetensors            0600, the state after round 4
+        began-000002                           empty: before round 2 nothing was kept
 
 Versions are filed in the rounds that the server checkpoints too. Between them the
 newest one is unfiled: in memory, or (durable hosts) in a file that is not forced to
@@ -39,6 +40,7 @@ from fedmed.strategy import Private
 _VERSION = re.compile(r"round-(\d{6,})\.safetensors")
 _UNFILED = re.compile(r"unfiled-(\d{6,})\.safetensors")
 _SELECTED = re.compile(r"selected-(\d{6,})\.safetensors")
+_BEGAN = re.compile(r"began-(\d{6,})")
 _STAGE = re.compile(r"stage-(\d{6,})-([0-9a-f]{16})\.safetensors")
 _KEPT_STAGES = 2
 """The answer the server may go on from, and the newer one it may never have got."""
@@ -76,7 +78,7 @@ class PrivateStore:
         self._newest: tuple[int, Private] | None = None
         self._unfiled: tuple[int, Private] | None = None
         self._versions: tuple[int, ...] | None = None
-        self._first_round: int | None = None
+        self._has_begun = False
         self._is_made = folder.is_dir()
         with storage_errors(folder.name):
             if self._is_made:
@@ -93,6 +95,7 @@ class PrivateStore:
             return self._listed(_VERSION)
         if self._versions is None:
             self._versions = self._listed(_VERSION)
+            self._has_begun = bool(self._listed(_BEGAN))
         return self._versions
 
     def keeps(self, private: Private) -> bool:
@@ -213,7 +216,8 @@ class PrivateStore:
             self._commit_unfiled(number, private)
             return
         known = self.versions()
-        header = {"round": number, "first": self._first(number)}
+        self._note_beginning(number)
+        header = {"round": number}
         self._write(self._version_path(number), header, private, sync=True)
         self._newest = None if self._durable else (number, _copy(private))
         known = tuple(sorted({*known, number}))
@@ -269,6 +273,7 @@ class PrivateStore:
         return private
 
     def _commit_unfiled(self, number: int, private: Private) -> None:
+        self._note_beginning(number)
         if not self._durable:
             self._unfiled, self._newest = (number, _copy(private)), None
             return
@@ -303,13 +308,14 @@ class PrivateStore:
             StorageError: If a file cannot be deleted; or if something was kept up to
                 that round and is no longer there, in which case all stays.
         """
+        self._versions = None
+        self._require(number)
         self._stages.clear()
-        self._newest = self._versions = self._first_round = None
+        self._newest = None
         if self._unfiled is not None and self._unfiled[0] > number:
             self._unfiled = None
         if not self._folder.is_dir():
             return
-        self._require(number)
         with storage_errors(self._folder.name):
             gone = self._stage_paths()
             gone += [self._version_path(v) for v in self.versions() if v > number]
@@ -317,11 +323,13 @@ class PrivateStore:
             gone += [self._unfiled_path(n) for n in newer]
             chosen = (n for n in self._listed(_SELECTED) if n > number)
             gone += [self._selected_path(n) for n in chosen]
+            began = (n for n in self._listed(_BEGAN) if n > number)
+            gone += [self._began_path(n) for n in began]
             for path in gone:
                 path.unlink(missing_ok=True)
             if gone:
                 sync_folder(self._folder)
-        self._versions = self._first_round = None
+        self._versions, self._has_begun = None, False
 
     def _listed(self, pattern: re.Pattern[str]) -> tuple[int, ...]:
         try:
@@ -345,41 +353,46 @@ class PrivateStore:
         return self._folder / f"stage-{sequence:06d}-{_hash(token)}.safetensors"
 
     def _refuse_if_pruned(self, version: int) -> None:
-        versions = self.versions()
-        if not versions:
+        began = min(self._listed(_BEGAN), default=None)
+        if began is None or began > version:
             return
-        if self._first(versions[0]) <= version:
-            raise StorageError(
-                f"private version {version} is gone; the oldest is {versions[0]}",
-                hint="Resume from a newer checkpoint, or start the run anew.",
-            )
+        known = self.versions()
+        oldest = f"the oldest is {known[0]}" if known else "none is left"
+        raise StorageError(
+            f"private version {version} is gone; {oldest}",
+            hint="Resume from a newer checkpoint, or start the run anew.",
+        )
 
-    def _first(self, number: int) -> int:
-        """First round after which anything was kept, as versions on disk know it.
+    def _note_beginning(self, number: int) -> None:
+        """Note the first round after which anything was kept.
 
-        Args:
-            number: A version; itself the first if there is none before it.
+        By the name of a file: no reading, and nothing in it can be damaged.
         """
-        earlier = [v for v in self.versions() if v <= number]
-        if not earlier:
-            return number
-        if self._first_round is None:
-            _, header = self._read(self._version_path(earlier[0]))
-            self._first_round = int(header.get("first", earlier[0]))
-        return self._first_round
+        if self._has_begun or self._listed(_BEGAN):
+            self._has_begun = True
+            return
+        self._make_folder()
+        # Versions without a beginning are of a program that noted none.
+        path = self._began_path(1 if self.versions() else number)
+        with storage_errors(self._folder.name):
+            path.touch(mode=0o600)
+        self._has_begun = True
 
     def _require(self, number: int) -> None:
-        """Make sure that the state after a round is there; if selected, make it so."""
+        """Make sure that the state after a round is there; if selected, make it so.
+
+        Raises:
+            StorageError: If there was one, and it is gone.
+        """
         known = (self._unfiled_number() or number + 1, *self.versions())
-        if any(version <= number for version in known):
+        if number == 0 or any(version <= number for version in known):
             return
         if number not in self._listed(_SELECTED):
             self._refuse_if_pruned(number)
             return
-        first = self._first(self.versions()[0]) if self.versions() else number
-        header = {"round": number, "first": first}
-        path = self._version_path(number)
-        self._write(path, header, self.selected(number), sync=True)
+        private = self.selected(number)
+        self._write(self._version_path(number), {"round": number}, private, sync=True)
+        self._versions = None
 
     def _write(
         self, path: Path, header: Mapping[str, Any], private: Private, *, sync: bool
@@ -405,6 +418,9 @@ class PrivateStore:
 
     def _unfiled_path(self, number: int) -> Path:
         return self._folder / f"unfiled-{number:06d}.safetensors"
+
+    def _began_path(self, number: int) -> Path:
+        return self._folder / f"began-{number:06d}"
 
     def _selected_path(self, number: int) -> Path:
         return self._folder / f"selected-{number:06d}.safetensors"

@@ -54,13 +54,17 @@ def selected_table(comparison: Comparison) -> SelectedTable | None:
         "Overall",
         "Against the last, points",
     )
+    runs_of = {
+        row.label: [entry for entry in chosen if row_label(entry) == row.label]
+        for row in rows
+    }
     lines = [
         (
             Box(row.label),
-            Box(_rounds([entry for entry in chosen if _is_of(entry, row)])),
+            Box(_rounds(runs_of[row.label])),
             *(Box(percent_with_spread(row.cells.get(site))) for site in sites),
             Box(percent_with_spread(row.overall)),
-            Box(_gain(row, last.get(row.label))),
+            Box(_gain(row, last.get(row.label), runs_of[row.label])),
         )
         for row in rows
     ]
@@ -68,12 +72,15 @@ def selected_table(comparison: Comparison) -> SelectedTable | None:
     notes = (
         "Picked: the round with the highest mean over the sites that trained, on their "
         "validation cases. A hospital held out has no say, nor has any test case.",
+        *_missing(chosen),
     )
     return SelectedTable(Grid(caption, header, tuple(lines), num_text=2), notes)
 
 
-def _is_of(entry: Entry, row: Row) -> bool:
-    return row_label(entry) == row.label
+def _has_all_sites(entry: Entry) -> bool:
+    """Whether the picked round has results of the same sites as the last."""
+    run = entry.run
+    return {row["site"] for row in run.selected} == {row["site"] for row in run.cases}
 
 
 def _rounds(entries: Sequence[Entry]) -> str:
@@ -88,7 +95,19 @@ def _rounds(entries: Sequence[Entry]) -> str:
     return listing(words)
 
 
-def _gain(row: Row, last: Row | None) -> str:
-    if last is None or last.overall_sites != row.overall_sites:
+def _gain(row: Row, last: Row | None, entries: Sequence[Entry]) -> str:
+    if last is None or not all(map(_has_all_sites, entries)):
         return NO_VALUE
     return signed_points(row.overall.mean - last.overall.mean)
+
+
+def _missing(entries: Sequence[Entry]) -> list[str]:
+    """Name the sites without a result in the round picked, and why."""
+    found: dict[tuple[str, str], None] = {}
+    for entry in entries:
+        picked = entry.run.summary.get("selected") or {}
+        for site, why in (picked.get("missing") or {}).items():
+            found[str(site), str(why)] = None
+    return [
+        f"Site {site} has no result in a round picked: {why}." for site, why in found
+    ]

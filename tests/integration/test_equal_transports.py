@@ -29,7 +29,7 @@ evaluate:
   overlays: 0
   statistics: recalibrated
   selected: true
-  unseen: [average, adabn, ensemble]
+  unseen: [adabn, average, ensemble]
 """
 FILES = ("model.safetensors", "cases.csv", "unseen.csv", "selected.csv")
 

@@ -30,12 +30,12 @@ def states(number: int) -> dict[str, Any]:
 
 def test_round_trip(tmp_path: Path) -> None:
     facts = {"loss": 0.1, "nan": math.nan, "best": None, "sites": ["a", "b"]}
-    path = Checkpoints(tmp_path).save(3, states(3), facts, score=0.5)
+    path = Checkpoints(tmp_path).save(3, states(3), facts, score=(0.5,))
     assert path.name == "round-000003.safetensors"
     loaded, skipped = Checkpoints(tmp_path).load_newest()
     assert loaded is not None
     assert skipped == ()
-    assert (loaded.round, loaded.score) == (3, 0.5)
+    assert (loaded.round, loaded.score) == (3, (0.5,))
     torch.testing.assert_close(loaded.states, states(3), rtol=0, atol=0)
     assert math.isnan(loaded.facts.pop("nan"))
     assert loaded.facts == {"loss": 0.1, "best": None, "sites": ["a", "b"]}
@@ -53,11 +53,19 @@ def test_the_newest_two_and_the_best_stay(tmp_path: Path) -> None:
     scores = [None, 0.1, 0.8, 0.3, math.nan, 0.8, 0.2]
     kept = []
     for number, score in enumerate(scores):
-        checkpoints.save(number, states(number), score=score)
+        checkpoints.save(number, states(number), score=score and (score,))
         kept.append(checkpoints.rounds())
     assert kept[:4] == [(0,), (0, 1), (1, 2), (2, 3)]
     assert kept[4:] == [(2, 3, 4), (2, 4, 5), (2, 5, 6)]
     assert checkpoints.best() == 2
+
+
+def test_the_first_number_of_a_score_counts_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for number, score in enumerate([(2.0, 0.9), (3.0, 0.1), (3.0, 0.1), (2.0, 1.0)]):
+        checkpoints.save(number, states(number), score=score)
+    assert checkpoints.rounds() == (1, 3)
+    assert Checkpoints(tmp_path).best() == 1
 
 
 def test_p4_a_damaged_newest_is_skipped_and_named(
@@ -121,7 +129,7 @@ def write_for_ever(folder: Path) -> None:
     first = newest.round + 1 if newest else 0
     for number in range(first, 10**6):
         state = {"shared": {"w": torch.full((20_000,), float(number))}}
-        checkpoints.save(number, state, {"n": number}, score=float(number % 7))
+        checkpoints.save(number, state, {"n": number}, score=(float(number % 7),))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -159,13 +167,13 @@ def test_p1_death_at_every_system_call(
     """A child dies just before the n-th call of one kind, for every n there is."""
     for nth in range(1, 20):
         folder = tmp_path / str(nth)
-        Checkpoints(folder).save(1, states(1), score=1.0)
+        Checkpoints(folder).save(1, states(1), score=(1.0,))
         Checkpoints(folder).save(2, states(2))
         pid = os.fork()
         if pid == 0:
             try:
                 die_before(step, nth)
-                Checkpoints(folder).save(3, states(3), score=2.0)
+                Checkpoints(folder).save(3, states(3), score=(2.0,))
                 os._exit(7)
             finally:
                 os._exit(1)

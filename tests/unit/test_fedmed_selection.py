@@ -17,7 +17,7 @@ import pytest
 from fedmed.checkpoint import Checkpoints
 from fedmed.errors import ConfigError
 from fedmed.legs import content_hash
-from fedmed.message import Answer, Message, SiteId
+from fedmed.message import Answer, Message, SiteFailure, SiteId
 from fedmed.report.page import build_report
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.selected import selected_table
@@ -98,6 +98,8 @@ def test_a_hospital_left_out_has_no_say(tmp_path: Path) -> None:
     result = runs.run(study, tmp_path)
     number = _picked(result)
     assert number < NUM_ROUNDS
+    with pytest.raises(ConfigError, match="name adabn first"):
+        _study(split={"held_out": ["c"]}, evaluate={"unseen": ["average", "adabn"]})
     rows = _rows(result.folder.selected_file)
     assert {row["split"] for row in rows if row["site"] == "c"} == {"test"}
     assert result.folder.read_summary()["selected"]["held_out"]["sites"].keys() == {"c"}
@@ -164,6 +166,123 @@ def test_a_resumed_run_picks_the_same(
     for name in ("selected_file", "cases_file", "model_file", "summary_file"):
         same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
         assert len(same) == 1
+
+
+def test_a_run_that_dies_after_its_last_checkpoint_picks_the_same(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmed.run.write_state", die)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(_study(), tmp_path)
+    for _ in range(2):  # a finished run may be resumed too
+        again = runs.run(_study(), tmp_path, resume=True)
+        for name in ("selected_file", "cases_file", "model_file", "summary_file"):
+            same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
+            assert len(same) == 1
+
+
+def test_a_checkpoint_damaged_between_two_sittings_is_named(
+    whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the last round would pass for the best one."""
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(_study(), tmp_path, transport=Dying("end_round", NUM_ROUNDS))
+    number = _picked(whole)
+    (file,) = tmp_path.glob(f"checkpoints/round-*{number}.safetensors")
+    file.write_bytes(b"damaged")
+    with caplog.at_level(logging.ERROR):
+        again = runs.run(_study(), tmp_path, resume=True)
+    assert f"validation picks round {number}, but" in caplog.text
+    assert again.folder.read_summary()["selected"] is None
+    assert selected_table(read_comparison(tmp_path)) is None
+
+
+def test_an_old_private_version_that_nobody_needs_may_be_damaged(
+    whole: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(_study(), tmp_path, transport=Dying("end_round", NUM_ROUNDS - 1))
+    oldest = min(tmp_path.glob("sites/a/private/round-*"))
+    oldest.write_bytes(b"damaged")
+    again = runs.run(_study(), tmp_path, resume=True)
+    for name in ("selected_file", "cases_file", "model_file", "summary_file"):
+        same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
+        assert len(same) == 1
+
+
+@dataclass
+class Silent(InProcessTransport):
+    """A site does not answer messages of one kind ("": of any) in one round."""
+
+    site: SiteId
+    kind: str
+    number: int
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def exchange(
+        self, messages: Mapping[SiteId, Message], **how: Any
+    ) -> dict[SiteId, Answer]:
+        answers = super().exchange(messages, **how)
+        sent = messages.get(self.site)
+        if not sent or sent.kind == "join":
+            return answers
+        if self.kind in {"", sent.kind} and sent.header["round"] == self.number:
+            answers[self.site] = SiteFailure("timeout", "no answer")
+        return answers
+
+
+def test_a_round_that_lacks_a_site_is_not_the_best(tmp_path: Path) -> None:
+    """The mean of the others is higher where the weakest site failed."""
+    train = {**runs.IMAGE["train"], "optimizer": {"name": "sgd", "lr": 0.5}}
+    tolerance = {"quorum": 0.5, "retries": 0}
+    study = _study("fedavg", rounds=3, seed=1, train=train, tolerance=tolerance)
+    plain = runs.run(study, tmp_path / "plain")
+    assert _picked(plain) == 3
+    before = plain.rounds[1]["validation"]
+    weakest = min("abc", key=lambda site: before[site])
+    silent = Silent(weakest, "", 3)
+    result = runs.run(study, tmp_path / "silent", transport=silent)
+    assert weakest not in result.rounds[2]["validation"]
+    first, second, lacking = (record["score"] for record in result.rounds)
+    assert first < second < lacking
+    picked = result.rounds[-1]["selected"]
+    assert (picked["round"], picked["score"]) == (2, second)
+
+
+def test_a_site_that_fails_there_is_named_and_took_part(
+    whole: Any, tmp_path: Path
+) -> None:
+    study = _study(tolerance={"retries": 0})
+    silent = Silent("b", "evaluate_selected", NUM_ROUNDS)
+    result = runs.run(study, tmp_path, transport=silent)
+    last, summary = result.rounds[-1], result.folder.read_summary()
+    assert last["answered"] == ["a", "b", "c"]
+    assert not last["failed"]
+    assert sorted(summary["selected"]["sites"]) == ["a", "c"]
+    assert summary["selected"]["missing"].keys() == {"b"}
+    assert summary["sites"] == whole.folder.read_summary()["sites"]
+    table = selected_table(read_comparison(tmp_path))
+    assert table is not None
+    assert table.grid.rows[0][-1].text == "\u2013"  # not of the same sites
+    assert table.notes[-1].startswith("Site b has no result in a round picked")
+
+
+def test_without_any_score_nothing_is_picked(tmp_path: Path) -> None:
+    """A file of splits may name no validation case."""
+    split = tmp_path / "split.csv"
+    lines = [f"case{i},{'train' if i < 3 else 'test'}" for i in range(6)]
+    split.write_text("\n".join(["case_id,split", *lines]))
+    study = _study("fedavg", rounds=1, split={**SPLIT, "file": str(split)})
+    result = runs.run(study, tmp_path / "run")
+    assert result.rounds[-1]["selected"] == {"round": None, "score": None}
+    assert result.folder.read_summary()["selected"] is None
+    assert selected_table(read_comparison(tmp_path / "run")) is None
 
 
 def test_a_damaged_checkpoint_costs_only_the_selection(

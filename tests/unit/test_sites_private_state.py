@@ -389,3 +389,29 @@ def test_a_site_that_began_later_has_nothing_to_lose(store: PrivateStore) -> Non
     assert store.load(4) is None
     store.discard_after(4)
     assert store.committed(4) == Private()
+
+
+def test_what_an_older_program_left_is_not_taken_for_the_beginning(
+    store: PrivateStore,
+) -> None:
+    """It noted no beginning, so nobody knows what was before the oldest version."""
+    for number in range(4, 7):
+        run_round(store, number)
+    (mark,) = store._folder.glob("began-*")
+    mark.unlink()
+    older = reopened(store)
+    run_round(older, 7)
+    with pytest.raises(StorageError, match="version 3 is gone; the oldest is 5"):
+        older.discard_after(3)
+    older.discard_after(0)
+    assert not [*store._folder.glob("*")]
+
+
+def test_no_commit_reads_what_was_kept_before(store: PrivateStore) -> None:
+    for number in range(1, 5):
+        run_round(store, number)
+    (store._folder / "round-000002.safetensors").write_bytes(b"damaged")
+    again = reopened(store)
+    run_round(again, 5)
+    assert again.versions() == (3, 4, 5)
+    assert value(again.load(5)) == 5.0
