@@ -37,13 +37,32 @@ class StopRequest:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note the first signal, raise on the second."""
-        del number, frame
+        del number
+        if self.asked and _is_repeating(frame):
+            _repeat()  # what is raised there would be dropped as well
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         typer.echo(
             "\nfedmed: finishing this round; press Ctrl-C again to stop now", err=True
         )
+
+
+def _repeat() -> None:
+    """Send the main thread an interrupt, in a moment."""
+    main = threading.main_thread().ident
+    threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+
+def _is_repeating(frame: FrameType | None) -> bool:
+    """Whether a signal came while `listening` dealt with an interrupt that was lost."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "ask_again" and code.co_filename == __file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -66,8 +85,7 @@ def listening() -> Iterator[StopRequest]:
         Python prints and drops what is raised there; the second Ctrl-C must count.
         """
         if isinstance(ignored.exc_value, KeyboardInterrupt):
-            main = threading.main_thread().ident
-            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+            _repeat()
         else:
             report(ignored)
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 import weakref
 
@@ -53,6 +54,31 @@ def test_a_second_ctrl_c_counts_where_python_drops_what_is_raised(capsys):
         with pytest.raises(KeyboardInterrupt):
             time.sleep(5.0)
     assert watch() is None
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_it_counts_also_if_it_comes_again_while_it_is_dealt_with(monkeypatch, capsys):
+    """On a busy machine the thread that repeats it starts slowly."""
+    start = threading.Timer.start
+    late = []
+
+    def start_slowly(timer):
+        start(timer)
+        if len(late) < 2:
+            late.append(timer)
+            timer.join(5.0)  # the signal is there before the hook is left
+            time.sleep(0.05)
+
+    monkeypatch.setattr(threading.Timer, "start", start_slowly)
+    things = [Thing()]
+    watch = weakref.ref(things[0], lambda _: ask())
+    with listening():
+        ask()
+        things.clear()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5.0)
+    assert watch() is None
+    assert len(late) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
