@@ -18,7 +18,7 @@ import pytest
 
 STUDY = """\
 name: equal
-rounds: 3
+rounds: 2
 sites: {dataset: spinal_gm, root: "${FEDMED_DATA}", include: [ceitec, milan, ucl]}
 split: {by: slices, train: 0.4, validation: 0.2, test: 0.4, held_out: [ucl]}
 preprocess: {spacing_mm: [1.0, 1.0], size: [48, 48]}
