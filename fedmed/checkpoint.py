@@ -28,8 +28,8 @@ Tree = Mapping[str, Any]
 
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
-
 Score = tuple[float, ...]
+"""Of a round: numbers of which the larger is the better, the first counting first."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Checkpoint:
         round: Number of the round; 0 is the state before training.
         states: The nested tensors, as dictionaries.
         facts: The JSON facts.
-        score: The round's score, larger is better, the first number counting first;
-            None if it had none.
+        score: The round's; None if it had none.
     """
 
     round: int
@@ -88,8 +87,7 @@ class Checkpoints:
             number: The round.
             states: Tensors in nested mappings; names may hold any characters.
             facts: A JSON object; floats come back exactly, NaN and infinities too.
-            score: Larger is better, the first number counting first; None or NaN never
-                is the best.
+            score: The round's; None or NaN never is the best.
 
         Returns:
             The file.

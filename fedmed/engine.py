@@ -53,9 +53,9 @@ class Ended:
         record: Its line in rounds.jsonl.
         rows: Its rows in cases.csv.
         unseen: Its rows in unseen.csv.
-        standing: How it did on validation cases, if it was validated.
-        selected: After the last round, rows of selected.csv, if the study wants them.
         filed: Whether the sites filed what they keep, so that it can be checkpointed.
+        standing: How it did on validation cases, if it was validated.
+        selected: After the last round, what validation picked, if the study wants it.
     """
 
     server: Server
@@ -114,9 +114,8 @@ class Engine:
     def run(self, server: Server, best: Best | None = None) -> tuple[Server, bool]:
         """Run all rounds after `server.round`; returns the server and "finished"."""
         self._best = best
-        checkpoints = self._checkpoints
-        if server.round == 0 and checkpoints.is_empty():
-            self._save(checkpoints, server)
+        if server.round == 0 and self._checkpoints.is_empty():
+            self._save(server)
         is_saved = True
         while server.round < self.study.rounds:
             if is_saved and self.should_stop():
@@ -130,17 +129,18 @@ class Engine:
             self.folder.append_round(ended.record, sync=is_saved)
             if is_saved:
                 self._best = better(self._best, server.round, ended.standing)
-                self._save(checkpoints, server)
+                self._save(server)
             self.observer.round_finished(ended.record)
         return server, True
 
-    def _save(self, checkpoints: Checkpoints, server: Server) -> None:
+    def _save(self, server: Server) -> None:
         states = {"shared": server.shared, "memory": server.memory}
         best, score = self._best, None
         if best is not None and best.round == server.round:
             score = (float(best.standing.num_sites), best.standing.score)
+        # Told apart from the scores of the files: the best one may be damaged by now.
         facts = {"best": best.fact if best else None, "usual_norms": self.usual_norms}
-        checkpoints.save(server.round, states, facts, score=score)
+        self._checkpoints.save(server.round, states, facts, score=score)
 
     def _files(self, number: int) -> bool:
         """Whether a round is checkpointed: by its number, or because it is the last."""
@@ -194,22 +194,25 @@ class Engine:
         validation, standing = self._validated(rows)
         selected = None
         if selects and number == self.study.rounds:
-            selection = Selection(
-                self._post,
-                self._checkpoints,
-                self.evaluated,
-                self.columns,
-                self.study.tolerance.retries,
-            )
-            picked = better(self._best, number, standing)
             stamp = self._stamp(number, attempt, log)
-            selected = selection.run(picked, rows, stamp=stamp, log=log)
+            picked = better(self._best, number, standing)
+            selected = self._selection.run(picked, rows, stamp=stamp, log=log)
         score = standing.score if standing else None
         record = self._record(number, attempt, log, validation, score)
         if selected is not None:
             record["selected"] = selected.record
         record["seconds"] = round(time.monotonic() - started, 3)
         return Ended(after, record, rows, found.by_rule, filed, standing, selected)
+
+    @property
+    def _selection(self) -> Selection:
+        return Selection(
+            self._post,
+            self._checkpoints,
+            self.evaluated,
+            self.columns,
+            self.study.tolerance.retries,
+        )
 
     def _attempt(
         self, server: Server, number: int, attempt: int, log: RoundLog

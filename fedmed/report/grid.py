@@ -26,3 +26,16 @@ class Grid:
     header: tuple[str, ...]
     rows: tuple[tuple[Box, ...], ...]
     num_text: int = 1
+
+
+@dataclass(frozen=True)
+class NotedGrid:
+    """A table and what a reader must know of it.
+
+    Attributes:
+        grid: The table.
+        notes: Sentences below it, each a paragraph.
+    """
+
+    grid: Grid
+    notes: tuple[str, ...]

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fedmed.report.grid import Box, Grid
+from fedmed.report.grid import Box, Grid, NotedGrid
 from fedmed.report.rows import Row, make_rows, row_label
 from fedmed.report.run_folder import Comparison, Entry
 from fedmed.report.tables import percent_with_spread
 from fedmed.report.wording import NO_VALUE, count, listing, signed_points
 
 
-@dataclass(frozen=True)
-class SelectedTable:
-    """Results of the picked rounds.
-
-    Attributes:
-        grid: One row a strategy, one column a site.
-        notes: How rounds were picked.
-    """
-
-    grid: Grid
-    notes: tuple[str, ...]
-
-
-def selected_table(comparison: Comparison) -> SelectedTable | None:
+def selected_table(comparison: Comparison) -> NotedGrid | None:
     """Lay out the results of the rounds that validation picked.
 
     Args:
         comparison: One run or several.
 
     Returns:
-        The table; None if no study asked for it, or no round could be picked.
+        One row a strategy, one column a site, and how rounds were picked; None if no
+        study asked for it, or no round could be picked.
     """
     chosen = tuple(entry for entry in comparison.entries if entry.run.selected)
     if not chosen:
@@ -74,7 +62,7 @@ def selected_table(comparison: Comparison) -> SelectedTable | None:
         "validation cases. A hospital held out has no say, nor has any test case.",
         *_missing(chosen),
     )
-    return SelectedTable(Grid(caption, header, tuple(lines), num_text=2), notes)
+    return NotedGrid(Grid(caption, header, tuple(lines), num_text=2), notes)
 
 
 def _has_all_sites(entry: Entry) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from fedmed.report.grid import Box, Grid
+from fedmed.report.grid import Box, Grid, NotedGrid
 from fedmed.report.rows import Row, make_rows
 from fedmed.report.run_folder import Comparison, Entry
 from fedmed.report.tables import percent_with_spread
@@ -28,27 +28,15 @@ NEEDS: Mapping[str, str] = {
 """Rule -> what it had to know, after "Rule x"."""
 
 
-@dataclass(frozen=True)
-class UnseenTable:
-    """The rules side by side.
-
-    Attributes:
-        grid: One row a strategy and rule, one column a site.
-        notes: What each rule needed to know, and who shared nothing.
-    """
-
-    grid: Grid
-    notes: tuple[str, ...]
-
-
-def unseen_table(comparison: Comparison) -> UnseenTable | None:
+def unseen_table(comparison: Comparison) -> NotedGrid | None:
     """Lay out the results at held-out sites by rule.
 
     Args:
         comparison: One run or several.
 
     Returns:
-        The table; None if no run tried more than `adabn`.
+        One row a strategy and rule, one column a site, and what each rule needed to
+        know; None if no run tried more than `adabn`.
     """
     rules = list(
         dict.fromkeys(row["rule"] for e in comparison.entries for row in e.run.unseen)
@@ -71,7 +59,7 @@ def unseen_table(comparison: Comparison) -> UnseenTable | None:
     header = ("Strategy", "Rule", *sites)
     bold = ("Bold: the rule that a method does best with.",) if len(rules) > 1 else ()
     notes = (*bold, *_needs(rules), *_nearest(comparison), *_not_shared(comparison))
-    return UnseenTable(Grid(caption, header, tuple(lines), num_text=2), notes)
+    return NotedGrid(Grid(caption, header, tuple(lines), num_text=2), notes)
 
 
 def statistics_note(comparison: Comparison) -> str:

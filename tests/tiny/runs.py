@@ -188,6 +188,13 @@ class Backwards(InProcessTransport):
         return answers
 
 
+def require_same_files(one: Result, other: Result, *names: str) -> None:
+    """Assert that files of two run folders hold the same bytes, by name: "cases"."""
+    for name in names:
+        first, second = (getattr(r.folder, f"{name}_file") for r in (one, other))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
 @dataclass
 class Faulty(InProcessTransport):
     """Spoils what one site answers in one round: NaN in its tensors, or no answer."""

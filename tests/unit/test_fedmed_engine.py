@@ -19,6 +19,7 @@ from fedmed.runfolder import CLASSIFICATION_COLUMNS, SEGMENTATION_COLUMNS
 from fedmed.transports.inprocess import InProcessTransport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+lost = importlib.import_module("tiny.lost")
 runs = importlib.import_module("tiny.runs")
 modules_are_listed_once = runs.modules_are_listed_once
 
@@ -129,9 +130,7 @@ def test_the_end_of_a_round_is_asked_for_again(tmp_path: Path) -> None:
     result, transport = _run(tmp_path / "again", study, "b", _fail_end(1))
     assert result.private("b").states
     assert sum(message.kind == "end_round" for message in transport.asked) == 3
-    for name in ("cases_file", "model_file"):
-        before, after = (getattr(r.folder, name) for r in (whole, result))
-        assert before.read_bytes() == after.read_bytes()
+    runs.require_same_files(whole, result, "cases", "model")
     assert result.rounds[0]["failed"] == {}
 
 
@@ -227,7 +226,7 @@ def test_a_run_of_few_checkpoints_ends_with_the_same_bytes(
     plain = runs.make_study(runs.TABLE, method, split=SPLIT, rounds=4)
     same = runs.run(plain, tmp_path / "plain")
     assert _bytes(whole) == _bytes(same)
-    died = Dying(stop_after + 1)
+    died = lost.ServerDies(round=stop_after + 1)
     with pytest.raises(KeyboardInterrupt):
         runs.run(study, tmp_path / "died", transport=died)
     newest = max(Checkpoints(tmp_path / "died" / "checkpoints").rounds())
@@ -253,23 +252,6 @@ def _bytes(result: Any) -> list[Any]:
         for site in "abc"
     ]
     return [*(file.read_bytes() for file in files), kept]
-
-
-@dataclass
-class Dying(InProcessTransport):
-    """The server dies when it begins a round."""
-
-    number: int
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def exchange(
-        self, messages: Mapping[SiteId, Message], **how: Any
-    ) -> dict[SiteId, Answer]:
-        if any(m.header["round"] == self.number for m in messages.values()):
-            raise KeyboardInterrupt
-        return super().exchange(messages, **how)
 
 
 @pytest.mark.parametrize(("times", "fatal", "asked"), [(9, False, 3), (9, True, 1)])

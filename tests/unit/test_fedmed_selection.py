@@ -8,7 +8,6 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ import pytest
 from fedmed.checkpoint import Checkpoints
 from fedmed.errors import ConfigError
 from fedmed.legs import content_hash
-from fedmed.message import Answer, Message, SiteFailure, SiteId
+from fedmed.message import Answer, Message, SiteId
 from fedmed.report.page import build_report
 from fedmed.report.run_folder import read_comparison
 from fedmed.report.selected import selected_table
 from fedmed.transports.inprocess import InProcessTransport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+lost = importlib.import_module("tiny.lost")
 runs = importlib.import_module("tiny.runs")
 modules_are_listed_once = runs.modules_are_listed_once
 
@@ -37,6 +37,7 @@ GOES_WRONG = {
     "separate": (5.0, 0),
 }
 """Rates too high, and seeds, with which a round well before the last is the best."""
+SAME = ("selected", "cases", "model", "summary")
 SPLIT = {"train": 0.4, "validation": 0.3, "test": 0.3}
 
 
@@ -127,30 +128,7 @@ def test_nobody_is_asked_without_need(tmp_path: Path) -> None:
 
 def test_it_does_not_depend_on_checkpoints(whole: Any, tmp_path: Path) -> None:
     again = runs.run(_study(checkpoint={"every": 99}), tmp_path)
-    for name in ("selected_file", "model_file", "summary_file"):
-        same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
-        assert len(same) == 1
-
-
-@dataclass
-class Dying(InProcessTransport):
-    """The server dies when it sends a message of this kind in this round."""
-
-    kind: str
-    number: int
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def exchange(
-        self, messages: Mapping[SiteId, Message], **how: Any
-    ) -> dict[SiteId, Answer]:
-        if any(
-            m.kind == self.kind and m.header["round"] == self.number
-            for m in messages.values()
-        ):
-            raise KeyboardInterrupt
-        return super().exchange(messages, **how)
+    runs.require_same_files(whole, again, "selected", "model", "summary")
 
 
 @pytest.mark.parametrize(
@@ -161,11 +139,9 @@ def test_a_resumed_run_picks_the_same(
     whole: Any, tmp_path: Path, kind: str, number: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        runs.run(_study(), tmp_path, transport=Dying(kind, number))
+        runs.run(_study(), tmp_path, transport=lost.ServerDies(kind, number))
     again = runs.run(_study(), tmp_path, resume=True)
-    for name in ("selected_file", "cases_file", "model_file", "summary_file"):
-        same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
-        assert len(same) == 1
+    runs.require_same_files(whole, again, *SAME)
 
 
 def test_a_run_that_dies_after_its_last_checkpoint_picks_the_same(
@@ -180,9 +156,7 @@ def test_a_run_that_dies_after_its_last_checkpoint_picks_the_same(
             runs.run(_study(), tmp_path)
     for _ in range(2):  # a finished run may be resumed too
         again = runs.run(_study(), tmp_path, resume=True)
-        for name in ("selected_file", "cases_file", "model_file", "summary_file"):
-            same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
-            assert len(same) == 1
+        runs.require_same_files(whole, again, *SAME)
 
 
 def test_a_checkpoint_damaged_between_two_sittings_is_named(
@@ -190,7 +164,7 @@ def test_a_checkpoint_damaged_between_two_sittings_is_named(
 ) -> None:
     """Else the last round would pass for the best one."""
     with pytest.raises(KeyboardInterrupt):
-        runs.run(_study(), tmp_path, transport=Dying("end_round", NUM_ROUNDS))
+        runs.run(_study(), tmp_path, transport=lost.ServerDies("end_round", NUM_ROUNDS))
     number = _picked(whole)
     (file,) = tmp_path.glob(f"checkpoints/round-*{number}.safetensors")
     file.write_bytes(b"damaged")
@@ -204,37 +178,13 @@ def test_a_checkpoint_damaged_between_two_sittings_is_named(
 def test_an_old_private_version_that_nobody_needs_may_be_damaged(
     whole: Any, tmp_path: Path
 ) -> None:
+    dying = lost.ServerDies("end_round", NUM_ROUNDS - 1)
     with pytest.raises(KeyboardInterrupt):
-        runs.run(_study(), tmp_path, transport=Dying("end_round", NUM_ROUNDS - 1))
+        runs.run(_study(), tmp_path, transport=dying)
     oldest = min(tmp_path.glob("sites/a/private/round-*"))
     oldest.write_bytes(b"damaged")
     again = runs.run(_study(), tmp_path, resume=True)
-    for name in ("selected_file", "cases_file", "model_file", "summary_file"):
-        same = {getattr(r.folder, name).read_bytes() for r in (whole, again)}
-        assert len(same) == 1
-
-
-@dataclass
-class Silent(InProcessTransport):
-    """A site does not answer messages of one kind ("": of any) in one round."""
-
-    site: SiteId
-    kind: str
-    number: int
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def exchange(
-        self, messages: Mapping[SiteId, Message], **how: Any
-    ) -> dict[SiteId, Answer]:
-        answers = super().exchange(messages, **how)
-        sent = messages.get(self.site)
-        if not sent or sent.kind == "join":
-            return answers
-        if self.kind in {"", sent.kind} and sent.header["round"] == self.number:
-            answers[self.site] = SiteFailure("timeout", "no answer")
-        return answers
+    runs.require_same_files(whole, again, *SAME)
 
 
 def test_a_round_that_lacks_a_site_is_not_the_best(tmp_path: Path) -> None:
@@ -246,7 +196,7 @@ def test_a_round_that_lacks_a_site_is_not_the_best(tmp_path: Path) -> None:
     assert _picked(plain) == 3
     before = plain.rounds[1]["validation"]
     weakest = min("abc", key=lambda site: before[site])
-    silent = Silent(weakest, "", 3)
+    silent = lost.LostAt(weakest, round=3)
     result = runs.run(study, tmp_path / "silent", transport=silent)
     assert weakest not in result.rounds[2]["validation"]
     first, second, lacking = (record["score"] for record in result.rounds)
@@ -259,7 +209,7 @@ def test_a_site_that_fails_there_is_named_and_took_part(
     whole: Any, tmp_path: Path
 ) -> None:
     study = _study(tolerance={"retries": 0})
-    silent = Silent("b", "evaluate_selected", NUM_ROUNDS)
+    silent = lost.LostAt("b", "evaluate_selected")
     result = runs.run(study, tmp_path, transport=silent)
     last, summary = result.rounds[-1], result.folder.read_summary()
     assert last["answered"] == ["a", "b", "c"]
@@ -304,8 +254,7 @@ def test_a_damaged_checkpoint_costs_only_the_selection(
         result = runs.run(_study(), tmp_path, transport=Spoiling())
     assert f"validation picks round {number}, but" in caplog.text
     assert result.folder.read_summary()["selected"] is None
-    cases = {r.folder.cases_file.read_bytes() for r in (whole, result)}
-    assert len(cases) == 1
+    runs.require_same_files(whole, result, "cases")
 
 
 def test_the_report_shows_both_rounds(whole: Any) -> None:

@@ -25,6 +25,7 @@ from sites.host import open_host
 from sites.ledger import LEDGER_FILE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+lost = importlib.import_module("tiny.lost")
 runs = importlib.import_module("tiny.runs")
 hospitals = importlib.import_module("tiny.hospitals")
 modules_are_listed_once = runs.modules_are_listed_once
@@ -198,9 +199,7 @@ def test_the_first_rule_is_the_result(
 def test_without_a_rule_there_is_one_result(every_rule: Any, tmp_path: Path) -> None:
     plain = runs.run(_study(), tmp_path)
     assert not plain.folder.unseen_file.exists()
-    for name in ("cases_file", "model_file"):
-        same = (getattr(r.folder, name).read_bytes() for r in (plain, every_rule))
-        assert len({*same}) == 1
+    runs.require_same_files(plain, every_rule, "cases", "model")
 
 
 def _normal(message: Message) -> set[str]:
@@ -267,8 +266,7 @@ def test_there_is_no_rule_for_whole_layers(
     study = _study(method, base, **_rules("average", "nearest"))
     asked = runs.run(study, tmp_path / "asked", transport=transport)
     assert not any("share" in m.kind for _, m in transport.down)
-    same = (r.folder.cases_file.read_bytes() for r in (plain, asked))
-    assert len({*same}) == 1
+    runs.require_same_files(plain, asked, "cases")
     assert not asked.folder.unseen_file.exists()
     said = [r for r in caplog.records if "keeps layers" in r.message]
     assert bool(said) == (method in {"dual_stream", "separate"})
@@ -423,21 +421,6 @@ def test_a_site_that_never_trained_has_nothing_to_share(tmp_path: Path) -> None:
     assert other == ({"a": "b", "b": "a"}[drawn], "it never trained")
 
 
-@dataclass
-class Dying(runs.Recorder):  # type: ignore[misc, name-defined]
-    """The server dies in an exchange of the last round."""
-
-    kind: str = ""
-
-    def exchange(
-        self, messages: Mapping[SiteId, Message], **how: Any
-    ) -> dict[SiteId, Answer]:
-        if any(m.kind == self.kind for m in messages.values()):
-            raise KeyboardInterrupt
-        answers: dict[SiteId, Answer] = super().exchange(messages, **how)
-        return answers
-
-
 @pytest.mark.parametrize("kind", ["", "share_normalisation", "evaluate_newcomer"])
 def test_a_resumed_run_ends_with_the_same_files(
     every_rule: Any, tmp_path: Path, kind: str
@@ -445,24 +428,20 @@ def test_a_resumed_run_ends_with_the_same_files(
     study = _study(**_rules(*RULES))
     if kind:
         with pytest.raises(KeyboardInterrupt):
-            runs.run(study, tmp_path, transport=Dying(kind=kind))
+            runs.run(study, tmp_path, transport=lost.ServerDies(kind))
     else:
         stops = iter([True])
         runs.run(study, tmp_path, should_stop=lambda: next(stops, False))
     result = runs.run(study, tmp_path, resume=True)
-    for name in ("cases_file", "unseen_file", "model_file", "summary_file"):
-        same = (getattr(r.folder, name).read_bytes() for r in (result, every_rule))
-        assert len({*same}) == 1
+    runs.require_same_files(result, every_rule, "cases", "unseen", "model", "summary")
     again = runs.run(study, tmp_path, resume=True)
-    assert (
-        again.folder.unseen_file.read_bytes() == result.folder.unseen_file.read_bytes()
-    )
+    runs.require_same_files(again, result, "unseen")
 
 
 def test_half_a_line_of_a_dead_run_is_cut_off(every_rule: Any, tmp_path: Path) -> None:
     study = _study(**_rules(*RULES))
     with pytest.raises(KeyboardInterrupt):
-        runs.run(study, tmp_path, transport=Dying(kind="evaluate_newcomer"))
+        runs.run(study, tmp_path, transport=lost.ServerDies("evaluate_newcomer"))
     whole = every_rule.folder.unseen_file.read_text()
     (tmp_path / "unseen.csv").write_text(whole[: len(whole) // 2])
     result = runs.run(study, tmp_path, resume=True)
