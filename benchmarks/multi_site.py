@@ -9,7 +9,9 @@
     python -m benchmarks.multi_site retina        lie in the folder $FEDMED_DATA
     python -m benchmarks.multi_site precision     bfloat16 against float32
     python -m benchmarks.multi_site unseen        SAML's table: a hospital left out
+    python -m benchmarks.multi_site unseen_again  the same, running values of its own
     python -m benchmarks.multi_site brain         MASF's table: trained on one hospital
+    python -m benchmarks.multi_site brain_again   the same, running values of its own
     python -m benchmarks.multi_site camera        a retina camera left out, real data
     python -m benchmarks.multi_site all           all of it
 
@@ -32,6 +34,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT
 from benchmarks.multi_site_page import section, with_section
 from benchmarks.multi_site_questions import QUESTIONS, Question
+from benchmarks.reestimated import reestimate
 from fedmed.report.run_folder import read_comparison
 
 RESULTS = ROOT / "docs" / "results.md"
@@ -97,7 +100,13 @@ def main(words: Sequence[str]) -> None:
         store = given.out / ("quick" if given.quick else "whole")
         folder = store / question.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        train(question, folder, given)
+        if question.again:
+            source = QUESTIONS[question.again]
+            runs = store / source.folder
+            train(source, runs, given)
+            reestimate(runs, folder, question.left_out, given.jobs)
+        else:
+            train(question, folder, given)
         if given.quick or given.change:
             sys.stdout.write(section(question, read_comparison(folder)))
         else:

@@ -132,6 +132,12 @@ def _how(question: Question, comparison: Comparison) -> str:
     train = study["train"]
     seeds = sorted({entry.seed for entry in comparison.entries})
     seconds = sum(map(_seconds, comparison.entries))
+    if question.again:
+        return (
+            f"`python -m benchmarks.multi_site {question.key}`: the runs of "
+            f"`{question.again}` tested once more\n"
+            f"at commit `{_commit()}`; seeds {', '.join(map(str, seeds))}."
+        )
     lines = [
         f"`python -m benchmarks.multi_site {question.key}`: {question.study}"
         + (f" with `{' '.join(question.changes)}`" if question.changes else ""),

@@ -62,6 +62,8 @@ class Question:
         single: Methods that train on each site in turn, tested on all.
         num_seeds: Seeds.
         is_later: Results of a like question had been seen when this one was asked.
+        again: Key of another question. Its runs that left a hospital out are tested
+            once more, see `benchmarks.reestimated`; nothing is trained.
     """
 
     key: str
@@ -77,6 +79,7 @@ class Question:
     single: tuple[str, ...] = ()
     num_seeds: int = 5
     is_later: bool = False
+    again: str = ""
 
     @property
     def protocols(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -121,6 +124,15 @@ GENERALISING: Final = (
     "latreg", "masf", "saml", "feddg[weighting=uniform]", "harmofl",
 )  # fmt: skip
 """Methods made for hospitals that never took part."""
+
+OWN_VALUES: Final = (
+    "The networks of the table before, with one thing changed: the running values of "
+    "batch normalisation are estimated on the images of the hospital left out, without "
+    "labels (AdaBN). joint normalises batches of all hospitals together, the others "
+    "each hospital's by itself, so that only for joint are the running values those "
+    "that it trained with."
+)
+"""Why methods are tested once more."""
 
 MOST_DIFFERENT: Final = "b"
 """Half the field, another maker, another coil: by its card, not by its results."""
@@ -309,6 +321,25 @@ QUESTIONS: Final = {
             num_seeds=3,
         ),
         Question(
+            "unseen_again",
+            "Prostate at a phantom hospital left out: its own running values",
+            "studies/saml_prostate.yaml",
+            (),
+            (
+                Claim(unseen("saml"), unseen("masf")),
+                Claim(unseen("masf"), unseen("joint")),
+                Claim(unseen("saml"), unseen(PLAIN_META)),
+                Claim(unseen(PLAIN_META), unseen("joint")),
+                Claim(unseen("saml"), unseen("joint")),
+            ),
+            quick=("sites.size=[32,32,6]", "preprocess.size=[32,32]"),
+            remarks=(OWN_VALUES,),
+            left_out=("joint", "masf", PLAIN_META, COMPACT, "saml"),
+            num_seeds=3,
+            is_later=True,
+            again="unseen",
+        ),
+        Question(
             "brain",
             "Brain tissues at four phantom hospitals: trained on one, tested on each",
             "studies/brain_tissue.yaml",
@@ -327,6 +358,19 @@ QUESTIONS: Final = {
             left_out=("joint", "masf"),
             single=("joint",),
             num_seeds=3,
+        ),
+        Question(
+            "brain_again",
+            "Brain tissues at a phantom hospital left out: its own running values",
+            "studies/brain_tissue.yaml",
+            (),
+            (Claim(unseen("masf"), unseen("joint")),),
+            quick=("sites.cases_per_site=5", "preprocess.size=[40,48]"),
+            remarks=(OWN_VALUES,),
+            left_out=("joint", "masf"),
+            num_seeds=3,
+            is_later=True,
+            again="brain",
         ),
         Question(
             "camera",
