@@ -10,6 +10,7 @@
     python -m benchmarks.multi_site precision     bfloat16 against float32
     python -m benchmarks.multi_site unseen        SAML's table: a hospital left out
     python -m benchmarks.multi_site unseen_again  the same, running values of its own
+    python -m benchmarks.multi_site unseen_instance  the same without running values
     python -m benchmarks.multi_site brain         MASF's table: trained on one hospital
     python -m benchmarks.multi_site brain_again   the same, running values of its own
     python -m benchmarks.multi_site camera        a retina camera left out, real data

@@ -52,7 +52,8 @@ def section(question: Question, comparison: Comparison) -> str:
         *_wrapped(question.remarks),
         _results(table, own),
         *_transfer(table),
-        *_published(own, table),
+        # Published beside the table of the same networks already.
+        *([] if question.again else _published(own, table)),
         *_claims(question, own),
     ]
     return "\n\n".join(parts) + "\n"

@@ -340,6 +340,26 @@ QUESTIONS: Final = {
             again="unseen",
         ),
         Question(
+            "unseen_instance",
+            "Prostate at a phantom hospital left out: instance normalisation",
+            "studies/saml_prostate.yaml",
+            (),
+            (
+                Claim(unseen("saml"), unseen("joint")),
+                Claim(unseen(PLAIN_META), unseen("joint")),
+                Claim(unseen("saml"), unseen(PLAIN_META)),
+            ),
+            changes=("model.norm=instance",),
+            quick=("sites.size=[32,32,6]", "preprocess.size=[32,32]"),
+            remarks=(
+                "No running values, so that every row is tested as it was trained; "
+                "nothing else differs from the table with batch normalisation.",
+            ),
+            left_out=("joint", PLAIN_META, "saml"),
+            num_seeds=3,
+            is_later=True,
+        ),
+        Question(
             "brain",
             "Brain tissues at four phantom hospitals: trained on one, tested on each",
             "studies/brain_tissue.yaml",
